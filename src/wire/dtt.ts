@@ -1,0 +1,42 @@
+/** DMA Tracking Table: geometry and bits. docs/abi.md section 1. */
+
+/** Upper levels: 512 entries of 8 bytes. */
+export const ENTRY_SIZE = 8;
+export const ENTRY_BITS = 9;
+export const ENTRY_PRESENT = 0x1;
+/** Leaf: 1,024 units of 4 bytes; one leaf covers 4 MiB. */
+export const UNIT_SIZE = 4;
+export const LEAF_BITS = 10;
+export const LEVELS_MAX = 5;
+export const TABLE_SIZE = 4096;
+
+/** Number of live DMA mappings of the frame; written by the guest. M is COUNT != 0. */
+export const TU_COUNT = 0x0000_ffff;
+export const TU_RESERVED = 0x0fff_0000;
+/** A device may have written the frame since the host last cleared D. */
+export const TU_DIRTY = 0x1000_0000;
+/** At least one live mapping lets the device write; only with PIN_DIRTY. */
+export const TU_WRITABLE = 0x2000_0000;
+/** Mapped since the host last cleared A. */
+export const TU_ACCESSED = 0x4000_0000;
+/** Set by the host: DMA to the frame is safe. */
+export const TU_PINNED = 0x8000_0000;
+
+/**
+ * An upper-level entry, read as two 32-bit halves: the GPA of the next table, or undefined when it is absent or
+ * malformed. Bits 1..11 and 52..63 are reserved and must be zero.
+ */
+export function entryTarget(low: number, high: number): number | undefined {
+  if ((low & 0xfff) !== ENTRY_PRESENT || high >>> 20 !== 0) return undefined;
+  return (high >>> 0) * 2 ** 32 + ((low & 0xffff_f000) >>> 0);
+}
+
+/** Byte offset, in the table of `level` (>= 2), of the entry on the way to `gfn`. */
+export const entryOffset = (gfn: number, level: number): number =>
+  (Math.floor(gfn / 2 ** (LEAF_BITS + ENTRY_BITS * (level - 2))) % 512) * ENTRY_SIZE;
+
+/** Byte offset of the unit of `gfn` in its leaf. */
+export const unitOffset = (gfn: number): number => (gfn % 1024) * UNIT_SIZE;
+
+/** GFNs that a table of `levels` levels can hold. */
+export const gfnCapacity = (levels: number): number => 2 ** (LEAF_BITS + ENTRY_BITS * (levels - 1));
