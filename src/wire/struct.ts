@@ -110,3 +110,24 @@ export function struct<F extends Fields>(name: string, size: number, fields: F):
     },
   };
 }
+
+/** A little-endian number of 1, 2, 4 or 8 bytes, as a register access carries it. */
+export function getUint(from: Uint8Array, at: number, size: number): bigint {
+  let value = 0n;
+  for (let i = size - 1; i >= 0; i--) value = (value << 8n) | BigInt(from[at + i] ?? 0);
+  return value;
+}
+
+export function putUint(to: Uint8Array, at: number, size: number, value: bigint): void {
+  for (let i = 0; i < size; i++) to[at + i] = Number((value >> BigInt(8 * i)) & 0xffn);
+}
+
+/** Names of the fields whose last byte is in [at, at + size): those that a write of this range completes. */
+export function completedBy<F extends Fields>(layout: Struct<F>, at: number, size: number): Set<keyof F> {
+  const last = (f: Field<unknown>) => f.at + f.size - 1;
+  return new Set(
+    Object.entries(layout.fields)
+      .filter(([, f]) => at <= last(f) && last(f) < at + size)
+      .map(([name]) => name as keyof F),
+  );
+}

@@ -1,0 +1,149 @@
+/* SPDX-License-Identifier: GPL-2.0 */
+/* coIOMMU guest driver: what its files share. */
+#ifndef COIOMMU_H
+#define COIOMMU_H
+
+#include <linux/dma-map-ops.h>
+#include <linux/percpu.h>
+#include <linux/types.h>
+
+#include "coiommu_abi.h"
+
+struct pci_dev;
+
+#ifndef CONFIG_64BIT
+#error "coiommu counts in 64-bit per-CPU words: 64-bit kernels only"
+#endif
+#ifdef __BIG_ENDIAN
+#error "the DMA Tracking Table is little-endian and updated in place"
+#endif
+#ifndef CONFIG_DMA_OPS
+#error "coiommu hooks devices by their dma_map_ops: CONFIG_DMA_OPS is needed"
+#endif
+
+/* debugfs.c: counters. Names are API: they are what the debugfs file shows. */
+
+#define COIOMMU_COUNTERS(X)						\
+	X(map)			/* mapping operations that succeeded */	\
+	X(unmap)							\
+	X(frames_mapped)	/* frames those counted up */		\
+	X(frames_unmapped)						\
+	X(map_failed)		/* mapping operations that failed */	\
+	X(direct_failed)	/* of these: refused by dma-direct */	\
+	X(saturated)		/* of these: COUNT would overflow */	\
+	X(no_unit)		/* of these: frame outside the table */	\
+	X(pin_refused)		/* of these: PIN did not succeed */	\
+	X(pin_requests)		/* PIN requests sent */			\
+	X(pin_frames)		/* frames in requests answered OK */	\
+	X(pin_status_ioerr)	/* requests by other answers */		\
+	X(pin_status_unsupp)						\
+	X(pin_status_deverr)						\
+	X(pin_status_inval)						\
+	X(pin_status_range)						\
+	X(pin_status_noent)						\
+	X(pin_status_fault)						\
+	X(pin_status_nomem)						\
+	X(pin_status_unknown)						\
+	X(pin_not_seen)		/* OK, but a frame lacked P */		\
+	X(pin_lost)		/* no answer in time, or vq broken */	\
+	X(pin_off)		/* no device to ask */			\
+	X(underflow)		/* unmap of a frame with COUNT 0 */	\
+	X(bounced)		/* buffers that went through SWIOTLB */	\
+	X(alloc)		/* of map: alloc and alloc_pages */	\
+	X(free)								\
+	X(sync)								\
+	X(map_resource)
+
+struct coiommu_counters {
+#define COIOMMU_COUNTER_FIELD(name) u64 name;
+	COIOMMU_COUNTERS(COIOMMU_COUNTER_FIELD)
+#undef COIOMMU_COUNTER_FIELD
+};
+
+DECLARE_PER_CPU(struct coiommu_counters, coiommu_counters);
+
+#define coiommu_add(name, n)	this_cpu_add(coiommu_counters.name, n)
+#define coiommu_count(name)	this_cpu_inc(coiommu_counters.name)
+
+void coiommu_debugfs_init(void);
+void coiommu_debugfs_exit(void);
+
+/* dtt.c: the table and its units. abi.md sections 1 and 2. */
+
+struct coiommu_dtt_usage {
+	u64 live_frames;	/* COUNT != 0 */
+	u64 live_refs;		/* sum of COUNT */
+	u64 pinned_frames;	/* P set */
+	unsigned long table_pages;
+	unsigned int levels;	/* 0: there is no table */
+};
+
+int coiommu_dtt_create(void);
+void coiommu_dtt_destroy(void);
+phys_addr_t coiommu_dtt_root(void);
+unsigned int coiommu_dtt_levels(void);
+
+int coiommu_dtt_get(u64 gfn, u64 nr, bool *ask);
+u64 coiommu_dtt_put(u64 gfn, u64 nr);
+bool coiommu_dtt_pinned(u64 gfn);
+void coiommu_dtt_forget_pins(void);
+void coiommu_dtt_usage(struct coiommu_dtt_usage *usage);
+
+/* dma_ops.c: the DMA API of a hooked function */
+
+extern const struct dma_map_ops coiommu_dma_ops;
+
+/**
+ * struct coiommu_hook - what stands between a driver and dma-direct
+ * @ops: where dev->dma_ops points; container_of() leads from it to the hook
+ * @shadow: has the DMA attributes of @dev and no dma_ops, so that the exported
+ *	DMA API called with it is dma-direct with SWIOTLB, none of which a
+ *	module can call by name
+ * @dev: the PCI function
+ * @endpoint: abi.md section 3, "PIN request"
+ * @node: in the list of hooks.c
+ */
+struct coiommu_hook {
+	struct dma_map_ops ops;
+	struct device shadow;
+	struct device *dev;
+	u32 endpoint;
+	struct list_head node;
+};
+
+/* hooks.c: which functions are hooked, and when */
+
+int coiommu_hooks_init(void);
+void coiommu_hooks_exit(void);
+int coiommu_hooks_begin(const u8 *assigned, struct device *self);
+void coiommu_hooks_end(bool on);
+unsigned int coiommu_hooks_stop(void);
+unsigned int coiommu_hooks_count(void);
+
+/* viommu.c: the virtio device */
+
+/**
+ * struct coiommu_pin - one mapping's pin requests; on the stack of the mapping
+ * @endpoint: who will do the DMA
+ * @error: first failure; once set, nothing more is asked
+ * @status: what the device said, or 0 when it was not the device
+ * @nr_frames: frames in the request that failed
+ * @flags: interrupt state of the mapping's context
+ */
+struct coiommu_pin {
+	u32 endpoint;
+	int error;
+	u8 status;
+	u32 nr_frames;
+	unsigned long flags;
+};
+
+void coiommu_pin_begin(struct coiommu_pin *pin, u32 endpoint);
+void coiommu_pin_add(struct coiommu_pin *pin, u64 gfn, u64 nr);
+int coiommu_pin_end(struct coiommu_pin *pin);
+
+void coiommu_viommu_read_assigned(void);
+int coiommu_viommu_register(void);
+void coiommu_viommu_unregister(void);
+
+#endif /* COIOMMU_H */

@@ -1,0 +1,95 @@
+/**
+ * Thin binding of the C library: one line per function, no policy. Safe classes are built on it in this folder.
+ *
+ * Memory that the kernel fills or keeps is over an explicit ArrayBuffer: V8 never moves such a backing store, and
+ * the class that owns it keeps it alive. Addresses are BigInt here, numbers (< 2^47) above.
+ */
+import os from "node:os";
+import koffi from "koffi";
+import { type Errno, HostError } from "../base/errors.ts";
+
+const library = koffi.load(null);
+const bind = <F>(prototype: string) => library.func(prototype) as unknown as F;
+
+type Bytes = Uint8Array | Uint32Array | Int32Array | BigUint64Array;
+type FdCall = (fd: number, bytes: Bytes, count: number) => number;
+
+/** All return -1 on failure, mmap MAP_FAILED; `lastErrno` says why until the next call. */
+export const libc = {
+  read: bind<FdCall>("int64_t read(int, void *, size_t)"),
+  write: bind<FdCall>("int64_t write(int, void *, size_t)"),
+  close: bind<(fd: number) => number>("int close(int)"),
+  poll: bind<(fds: Int32Array, count: number, timeoutMs: number) => number>("int poll(void *, ulong, int)"),
+  eventfd: bind<(initial: number, flags: number) => number>("int eventfd(uint, int)"),
+  socket: bind<(domain: number, type: number, protocol: number) => number>("int socket(int, int, int)"),
+  socketpair: bind<(domain: number, type: number, protocol: number, out: Int32Array) => number>(
+    "int socketpair(int, int, int, void *)",
+  ),
+  bind: bind<FdCall>("int bind(int, void *, uint)"),
+  connect: bind<FdCall>("int connect(int, void *, uint)"),
+  listen: bind<(fd: number, backlog: number) => number>("int listen(int, int)"),
+  accept4: bind<(fd: number, address: null, length: null, flags: number) => number>(
+    "int accept4(int, void *, void *, int)",
+  ),
+  send: bind<(fd: number, bytes: Uint8Array, count: number, flags: number) => number>(
+    "int64_t send(int, void *, size_t, int)",
+  ),
+  sendmsg: bind<(fd: number, header: Uint32Array, flags: number) => number>(
+    "int64_t sendmsg(int, void *, int)",
+  ),
+  recvmsg: bind<(fd: number, header: Uint32Array, flags: number) => number>(
+    "int64_t recvmsg(int, void *, int)",
+  ),
+  memfdCreate: bind<(name: string, flags: number) => number>("int memfd_create(const char *, uint)"),
+  mmap: bind<(at: null, length: number, prot: number, flags: number, fd: number, offset: number) => bigint>(
+    "void *mmap(void *, size_t, int, int, int, int64_t)",
+  ),
+  munmap: bind<(at: bigint, length: number) => number>("int munmap(void *, size_t)"),
+  /** syscall(2) in the two shapes that io_uring needs; the first argument is the call's number. */
+  ioUringSetup: bind<(number: number, entries: number, params: Uint32Array) => number>(
+    "long syscall(long, uint, void *)",
+  ),
+  ioUringRegister: bind<
+    (number: number, fd: number, opcode: number, argument: Uint32Array | null, count: number) => number
+  >("long syscall(long, int, uint, void *, uint)"),
+};
+
+export const MAP_FAILED = 2n ** 64n - 1n;
+
+const errnoNames = new Map<number, Errno>();
+// EWOULDBLOCK and EOPNOTSUPP are second names: the first of each number stays.
+for (const [name, number] of Object.entries(os.constants.errno))
+  if (!errnoNames.has(number)) errnoNames.set(number, name);
+
+export function lastErrno(): Errno {
+  const number = koffi.errno();
+  return errnoNames.get(number) ?? `errno ${number}`;
+}
+
+/** Do `call` until no signal interrupts it; its result, or HostError when that is negative. */
+export function systemCall(name: string, call: () => number, detail = ""): number {
+  for (;;) {
+    const result = call();
+    if (result >= 0) return result;
+    const errno = lastErrno();
+    if (errno !== "EINTR") throw new HostError(name, errno, detail);
+  }
+}
+
+/** Not fs.closeSync: in a worker thread that warns about fds which arrived over a socket. */
+export function closeFd(fd: number): void {
+  // Linux closes the fd even when it reports EINTR: never retried. SAFETY: no memory.
+  if (libc.close(fd) < 0 && lastErrno() !== "EINTR") throw new HostError("close", lastErrno(), `fd ${fd}`);
+}
+
+/** Address of a buffer's first byte; stable while the buffer is alive (see above). */
+export const addressOf = (bytes: Bytes): number => Number(koffi.address(bytes));
+
+/** Store a pointer as two 32-bit words, little-endian. */
+export function setPointer(at: Uint32Array, word: number, address: number): void {
+  at[word] = address % 2 ** 32;
+  at[word + 1] = Math.floor(address / 2 ** 32);
+}
+
+/** `length` bytes of mapped memory. The caller detaches it before it unmaps them. */
+export const viewOf = (address: bigint, length: number): ArrayBuffer => koffi.view(address, length);

@@ -1,0 +1,73 @@
+import fs from "node:fs";
+import { HostError, ProtocolError } from "../base/errors.ts";
+import { closeFd, lastErrno, libc, MAP_FAILED, systemCall, viewOf } from "./libc.ts";
+
+const PROT_READ_WRITE = 3;
+const MAP_SHARED = 1;
+const MFD_CLOEXEC = 1;
+
+interface MappedFile {
+  readonly address: bigint;
+  readonly size: number;
+  readonly buffer: ArrayBuffer;
+}
+
+/**
+ * Maps files that a peer sent, each as a whole and once, however often the peer sends a duplicate of its fd.
+ *
+ * A peer that shrinks a mapped file kills this process (SIGBUS). QEMU's memory-backend-memfd is sealed against that.
+ */
+export class FdMapper {
+  readonly #files = new Map<string, MappedFile>();
+
+  /**
+   * Map `size` bytes at `offset` of the file and take over its fd, which is closed in any case. Throws ProtocolError
+   * for a range that is not in the file, HostError when the host cannot map it.
+   */
+  map(fd: number, offset: number, size: number): { hostAddress: number; bytes: Uint8Array } {
+    try {
+      const stat = fs.fstatSync(fd, { bigint: true });
+      // A mapping keeps the inode, so that its number is not given to another file while it is a key here.
+      const key = `${stat.dev}:${stat.ino}`;
+      const length = Number(stat.size);
+      if (!(offset >= 0 && size > 0 && offset + size <= (this.#files.get(key)?.size ?? length)))
+        throw new ProtocolError(`bytes ${offset}+${size} of a shared file of ${length} bytes`);
+      let file = this.#files.get(key);
+      if (!file) {
+        file = mapWhole(fd, length);
+        this.#files.set(key, file);
+      }
+      return {
+        hostAddress: Number(file.address) + offset,
+        bytes: new Uint8Array(file.buffer, offset, size),
+      };
+    } finally {
+      closeFd(fd);
+    }
+  }
+
+  /** Unmap all. Every view made by map() has length 0 from now on: late use fails, it does not crash. */
+  close(): void {
+    for (const { address, size, buffer } of this.#files.values()) {
+      buffer.transfer(0);
+      // SAFETY: the range is one that mmap returned; its only ArrayBuffer was detached just now.
+      systemCall("munmap", () => libc.munmap(address, size));
+    }
+    this.#files.clear();
+  }
+}
+
+function mapWhole(fd: number, size: number): MappedFile {
+  // SAFETY: the kernel chooses the place.
+  const address = libc.mmap(null, size, PROT_READ_WRITE, MAP_SHARED, fd, 0);
+  if (address === MAP_FAILED) throw new HostError("mmap", lastErrno(), `${size} bytes`);
+  return { address, size, buffer: viewOf(address, size) };
+}
+
+/** An unnamed file in memory, as QEMU's memory-backend-memfd makes them. The caller closes it. */
+export function createMemfd(name: string, size: number): number {
+  // SAFETY: koffi passes a NUL-terminated copy of the name.
+  const fd = systemCall("memfd_create", () => libc.memfdCreate(name, MFD_CLOEXEC));
+  fs.ftruncateSync(fd, size);
+  return fd;
+}

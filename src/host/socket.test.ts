@@ -1,0 +1,118 @@
+import assert from "node:assert/strict";
+import { spawn } from "node:child_process";
+import fs from "node:fs";
+import os from "node:os";
+import path from "node:path";
+import test from "node:test";
+import { closeFd } from "./libc.ts";
+import { createMemfd } from "./mapping.ts";
+import { connectUnix, FDS_MAX, listenUnix, socketPair, UnixSocket } from "./socket.ts";
+
+const text = (bytes: Uint8Array) => Buffer.from(bytes).toString();
+const openFds = () => fs.readdirSync("/proc/self/fd").length;
+
+function pair(t: test.TestContext): [UnixSocket, UnixSocket] {
+  const [a, b] = socketPair().map((fd) => new UnixSocket(fd));
+  t.after(() => {
+    a!.close();
+    b!.close();
+  });
+  return [a!, b!];
+}
+
+test("bytes arrive in the sizes that the receiver asks for", (t) => {
+  const [a, b] = pair(t);
+  a.send(Buffer.from("hello, world"));
+  assert.equal(text(b.receive(5).bytes), "hello");
+  assert.deepEqual(b.receive(0), { bytes: new Uint8Array(0), fds: [] });
+  assert.equal(text(b.receive(7).bytes), ", world");
+  const large = Buffer.alloc(100_000, "x");
+  a.send(large);
+  assert.ok(large.equals(b.receive(large.length).bytes));
+});
+
+test("fds arrive with their message, close-on-exec, and refer to the same file", (t) => {
+  const [a, b] = pair(t);
+  const fd = createMemfd("shared", 4096);
+  const before = openFds();
+  a.send(Buffer.from("one"), [fd]);
+  a.send(Buffer.from("two"), [fd, fd]);
+  a.send(Buffer.from("none"));
+  const one = b.receive(3);
+  assert.equal(text(one.bytes), "one");
+  // A receive that spans messages collects the fds of both.
+  const rest = b.receive(7);
+  assert.equal(text(rest.bytes), "twonone");
+  assert.deepEqual([one.fds.length, rest.fds.length], [1, 2]);
+  for (const got of [...one.fds, ...rest.fds]) {
+    assert.equal(fs.fstatSync(got).ino, fs.fstatSync(fd).ino);
+    const flags = /^flags:\s+(\d+)/m.exec(fs.readFileSync(`/proc/self/fdinfo/${got}`, "latin1"))![1]!;
+    assert.equal(Number.parseInt(flags, 8) & 0o2000000, 0o2000000);
+    closeFd(got);
+  }
+  assert.equal(openFds(), before);
+  closeFd(fd);
+});
+
+test("16 fds fit; the peer that sends more is refused and nothing leaks", async (t) => {
+  const [a, b] = pair(t);
+  const fd = createMemfd("many", 4096);
+  a.send(Buffer.from("x"), new Array(FDS_MAX).fill(fd));
+  const { fds } = b.receive(1);
+  assert.equal(fds.length, FDS_MAX);
+  fds.forEach(closeFd);
+  closeFd(fd);
+  assert.throws(() => a.send(Buffer.from("x"), new Array(FDS_MAX + 1).fill(0)), RangeError);
+
+  // Only another program sends more than send() does.
+  const script = `
+import socket, array
+s = socket.socket(fileno=3)
+s.sendmsg([b"x"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [0] * 17))])`;
+  const [ours, theirs] = socketPair();
+  const before = openFds();
+  const child = spawn("python3", ["-c", script], { stdio: ["ignore", "ignore", "inherit", theirs] });
+  await new Promise((done) => child.on("exit", done));
+  const socket = new UnixSocket(ours);
+  assert.throws(() => socket.receive(1), { code: "ERR_COIOMMU_PROTOCOL" });
+  assert.equal(openFds(), before);
+  socket.close();
+  closeFd(theirs);
+});
+
+test("a message that comes in pieces is awaited", async (t) => {
+  const [ours, theirs] = socketPair();
+  const socket = new UnixSocket(ours);
+  t.after(() => socket.close());
+  const script = "printf abc >&3; sleep 0.2; printf defgh >&3";
+  const child = spawn("sh", ["-c", script], { stdio: ["ignore", "ignore", "inherit", theirs] });
+  closeFd(theirs);
+  assert.equal(text(socket.receive(8).bytes), "abcdefgh");
+  await new Promise((done) => child.on("exit", done));
+  assert.throws(() => socket.receive(1), { code: "ERR_COIOMMU_PEER_GONE" });
+});
+
+test("a peer that is gone: PeerGone for both directions, no signal", (t) => {
+  const [a, b] = pair(t);
+  a.send(Buffer.from("half"));
+  a.close();
+  assert.throws(() => b.receive(12), { code: "ERR_COIOMMU_PEER_GONE" });
+  assert.throws(() => b.send(Buffer.from("x")), { code: "ERR_COIOMMU_PEER_GONE" });
+});
+
+test("listen and connect by path: for this user only, and removed on close", () => {
+  const directory = fs.mkdtempSync(path.join(os.tmpdir(), "coiommu-"));
+  const place = path.join(directory, "s");
+  const listener = listenUnix(place);
+  assert.equal(fs.statSync(place).mode & 0o777, 0o600);
+  const client = connectUnix(place);
+  const server = listener.accept();
+  client.send(Buffer.from("hi"));
+  assert.equal(text(server.receive(2).bytes), "hi");
+  assert.throws(() => listenUnix(place), { syscall: "bind", errno: "EADDRINUSE" });
+  for (const end of [client, server, listener]) end.close();
+  assert.ok(!fs.existsSync(place));
+  assert.throws(() => connectUnix(place), { syscall: "connect", errno: "ENOENT" });
+  assert.throws(() => connectUnix("x".repeat(108)), { code: "ERR_COIOMMU_USER" });
+  fs.rmdirSync(directory);
+});

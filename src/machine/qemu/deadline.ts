@@ -1,0 +1,23 @@
+/** The folder's only timer. Rejects with what `late` makes when `promise` takes longer than `timeoutMs`. */
+export async function within<T>(promise: Promise<T>, timeoutMs: number, late: () => Error): Promise<T> {
+  let timer: NodeJS.Timeout | undefined;
+  const expired = new Promise<never>((_, reject) => {
+    timer = setTimeout(() => reject(late()), timeoutMs);
+  });
+  try {
+    return await Promise.race([promise, expired]);
+  } finally {
+    clearTimeout(timer);
+  }
+}
+
+/** True when `promise` is settled in time. */
+export const settles = (promise: Promise<unknown>, timeoutMs: number): Promise<boolean> =>
+  within(
+    promise.then(
+      () => true,
+      () => true,
+    ),
+    timeoutMs,
+    () => new Error("late"),
+  ).catch(() => false);

@@ -1,0 +1,53 @@
+import { join } from "node:path";
+import { Apt, DownloadFailed } from "./apt.ts";
+import { withCacheLock } from "./cache.ts";
+import { ensureInitramfs } from "./initramfs.ts";
+import { ensureKernel, type Kernel } from "./kernel.ts";
+import { ensureModule, GUEST_SOURCES } from "./module.ts";
+import { ensureHostTools, type Report } from "./packages.ts";
+import { selectPackages } from "./selection.ts";
+import { ensureUserland, type Userland } from "./userland.ts";
+
+/** A guest that QEMU can boot. */
+export interface Guest {
+  kernel: string;
+  initrd: string;
+  kernelVersion: string;
+  /** `modprobe` loads it in the guest; it is not loaded at boot. */
+  moduleName: string;
+}
+
+/**
+ * Find or install what a VM run needs, and build the guest unless the cache has it (then this takes milliseconds).
+ * `report` hears what is done, and nothing when nothing is.
+ */
+export async function ensureGuest(
+  report: Report,
+  moduleSources = join(GUEST_SOURCES, "linux"),
+): Promise<Guest> {
+  const waiting = () => report("waiting for another run, which is preparing a guest too");
+  return await withCacheLock(waiting, async () => {
+    await ensureHostTools(report);
+    const { kernel, userland } = await ensureDebianParts(report);
+    const module = await ensureModule(kernel, moduleSources, report);
+    const initrd = await ensureInitramfs(kernel, userland, [module], report);
+    return { kernel: kernel.image, initrd, kernelVersion: kernel.release, moduleName: module.name };
+  });
+}
+
+async function ensureDebianParts(report: Report): Promise<{ kernel: Kernel; userland: Userland }> {
+  const apt = new Apt(report);
+  const attempt = async () => {
+    const selection = await selectPackages(apt);
+    return {
+      kernel: await ensureKernel(selection, apt, report),
+      userland: await ensureUserland(selection.userland, apt, report),
+    };
+  };
+  try {
+    return await attempt();
+  } catch (error) {
+    if (!(error instanceof DownloadFailed) || !(await apt.update())) throw error;
+    return await attempt();
+  }
+}

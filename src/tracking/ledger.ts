@@ -1,0 +1,68 @@
+import { InvariantViolation } from "../base/errors.ts";
+import { FrameIndex, grown } from "../base/frame-index.ts";
+import type { Gfn } from "../base/units.ts";
+
+/** Generation of frames that no table ever claimed: firmware's. */
+export const NO_TABLE = 0;
+
+/**
+ * The host's truth about what is pinned for one guest: frame -> handle of the pin, and the activation ("generation")
+ * whose table last claimed it. Structure of arrays, O(1) per operation, nothing per guest frame.
+ */
+export class Ledger {
+  readonly #frames = new FrameIndex();
+  #handles = new Int32Array(0);
+  #generations = new Uint32Array(0);
+  #peak = 0;
+
+  /** Frames pinned now. */
+  get size(): number {
+    return this.#frames.size;
+  }
+  /** Most frames pinned at once. */
+  get peak(): number {
+    return this.#peak;
+  }
+
+  has(gfn: Gfn): boolean {
+    return this.#frames.find(gfn) >= 0;
+  }
+
+  add(gfn: Gfn, handle: number, generation: number): void {
+    const id = this.#frames.insert(gfn);
+    this.#handles = grown(this.#handles, this.#frames.capacity);
+    this.#generations = grown(this.#generations, this.#frames.capacity);
+    this.#handles[id] = handle;
+    this.#generations[id] = generation;
+    this.#peak = Math.max(this.#peak, this.#frames.size);
+  }
+
+  /** Returns the handle of the frame's pin, which the caller has released. */
+  remove(gfn: Gfn): number {
+    const id = this.#frames.remove(gfn);
+    if (id < 0) throw new InvariantViolation(`frame ${gfn} is not in the ledger`);
+    return this.#handles[id]!;
+  }
+
+  handle(gfn: Gfn): number {
+    return this.#handles[this.#idOf(gfn)]!;
+  }
+
+  generation(gfn: Gfn): number {
+    return this.#generations[this.#idOf(gfn)]!;
+  }
+
+  claim(gfn: Gfn, generation: number): void {
+    this.#generations[this.#idOf(gfn)] = generation;
+  }
+
+  frames(): Iterable<Gfn> {
+    return this.#frames;
+  }
+
+  #idOf(gfn: Gfn): number {
+    const id = this.#frames.find(gfn);
+    if (id < 0) throw new InvariantViolation(`frame ${gfn} is not in the ledger`);
+    return id;
+  }
+}

@@ -1,0 +1,27 @@
+/** The host's page pins. Implemented by host/ (io_uring, …), by a software stand-in, and by the simulator's model. */
+export interface Pinner {
+  /** As in `--pinner` and in results: "io_uring", "software". */
+  readonly name: string;
+
+  /**
+   * Pin one 4 KiB page at each of the first `count` virtual addresses, for reading and writing, and store a handle
+   * (>= 0) for each. All or nothing: on HostError nothing is newly pinned.
+   */
+  pin(addresses: Float64Array, count: number, handles: Int32Array): void;
+
+  /** Pin `length` bytes (whole pages, at most 1 GiB) at `address` as one; returns its handle. Throws HostError. */
+  pinExtent(address: number, length: number): number;
+
+  /**
+   * Release the first `count` handles, in order. Returns how many were released: fewer than `count` when the host
+   * refused one, which then stays pinned, as do those after it.
+   */
+  release(handles: Int32Array, count: number): number;
+
+  /** What the kernel says this process has pinned (pages), and where it says so; null without a kernel pin. */
+  kernelPinnedPages(): number | null;
+  readonly kernelSource: "VmPin" | "VmLck" | "none";
+
+  /** Release everything. Idempotent. */
+  close(): void;
+}

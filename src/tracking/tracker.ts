@@ -1,0 +1,415 @@
+import type { Clock } from "../base/clock.ts";
+import { HostError } from "../base/errors.ts";
+import { FrameIndex, grown } from "../base/frame-index.ts";
+import { FRAME_SIZE, GFN_LIMIT, type Gfn, type Gpa, gpaOf, type Nanoseconds } from "../base/units.ts";
+import type { Counters } from "../memory/counters.ts";
+import type { GuestMemory, GuestRegion } from "../memory/guest-memory.ts";
+import { type Claim, GfnBuffer, type UnpinPolicy } from "../policy/policy.ts";
+import {
+  VIRTIO_IOMMU_S_FAULT,
+  VIRTIO_IOMMU_S_INVAL,
+  VIRTIO_IOMMU_S_IOERR,
+  VIRTIO_IOMMU_S_NOMEM,
+  VIRTIO_IOMMU_S_OK,
+  VIRTIO_IOMMU_S_RANGE,
+  VIRTIO_IOMMU_S_UNSUPP,
+} from "../wire/virtio-iommu.ts";
+import { DmaTrackingTable, NO_UNIT, type Unit } from "./dtt.ts";
+import { Ledger, NO_TABLE } from "./ledger.ts";
+import { type Life, type LifeEvent, nextLife } from "./life.ts";
+import type { Pinner } from "./pinner.ts";
+import type { SoftwareIommu } from "./software-iommu.ts";
+import { StaticPins } from "./static-pins.ts";
+
+export const TRACKING_COUNTERS = [
+  "pinRequests",
+  "pinRequestsRefused",
+  "framesPinned",
+  "framesUnpinned",
+  "framesFirmware",
+  "framesNow",
+  "framesPeak",
+  /** Integral of framesNow over time, in frame-nanoseconds, up to `changedAt`. */
+  "frameTime",
+  "changedAt",
+  "kernelPagesPeak",
+  "passes",
+] as const;
+export type TrackingCounters = Counters<(typeof TRACKING_COUNTERS)[number]>;
+
+/** Frames in one slice of an unpin pass: what a PIN request may have to wait for. */
+const SLICE_FRAMES = 256;
+/** The low 1 MiB, where firmware keeps what it lets devices touch. */
+const FIRMWARE_WINDOW_FRAMES = 256;
+/** `--before-activation`: abi.md section 4, row "undecided". */
+export type BeforeActivation = "bios" | "all" | "none";
+
+export interface TrackerOptions {
+  readonly memory: GuestMemory;
+  readonly pinner: Pinner;
+  readonly iommu: SoftwareIommu;
+  readonly policy: UnpinPolicy;
+  readonly clock: Clock;
+  readonly counters: TrackingCounters;
+  /** Frames this guest may have pinned at once; Infinity for no limit. */
+  readonly quota: number;
+  readonly beforeActivation: BeforeActivation;
+  /** The table's view of a unit; tests of the checkers put a broken one here. */
+  readonly openTable?: (memory: GuestMemory, root: Gpa, levels: number) => DmaTrackingTable;
+}
+
+/**
+ * Pins on request and unpins lazily: the one place that changes what is pinned for a guest. Single-threaded: a PIN
+ * request is served between slices of an unpin pass, never inside one.
+ */
+export class Tracker {
+  readonly #o: TrackerOptions;
+  readonly #ledger = new Ledger();
+  readonly #static: StaticPins;
+  #table: DmaTrackingTable | undefined;
+  #life: Life;
+  #generation = NO_TABLE;
+  #complete = false;
+  #parks = 0;
+  #passAt: Nanoseconds | undefined;
+
+  // Scratch, reused: a request's frames and units, and what of them is new.
+  #gfns = new Float64Array(256);
+  #units = new Float64Array(256);
+  readonly #fresh = new FrameIndex();
+  #addresses = new Float64Array(256);
+  #handles = new Int32Array(256);
+  // Scratch of a slice, which may run inside a request that needs room.
+  readonly #candidates = new GfnBuffer(SLICE_FRAMES);
+  readonly #claimed = new GfnBuffer(SLICE_FRAMES);
+  readonly #claimedHandles = new Int32Array(SLICE_FRAMES);
+
+  constructor(options: TrackerOptions) {
+    this.#o = options;
+    this.#life = options.beforeActivation === "all" ? "static" : "undecided";
+    this.#static = new StaticPins(options.memory, options.pinner, options.iommu);
+    options.counters.changedAt = options.clock.now();
+    options.iommu.setGranting(this.#granting);
+  }
+
+  get life(): Life {
+    return this.#life;
+  }
+  get quota(): number {
+    return this.#o.quota;
+  }
+  /** Frames pinned now, statically or on request. */
+  get pinned(): number {
+    return this.#ledger.size + this.#static.frames;
+  }
+  get parked(): boolean {
+    return this.#parks > 0;
+  }
+  get active(): boolean {
+    return this.#table !== undefined;
+  }
+
+  // --- the guest's life ------------------------------------------------------------------------------------------
+
+  /** The VMM's view of guest RAM has changed. Pins of frames that are no longer backed by the same memory go. */
+  setMemory(regions: readonly GuestRegion[]): void {
+    const { memory } = this.#o;
+    const lost: Gfn[] = [];
+    const before = new Map<Gfn, number>();
+    if (memory.regions.some((r) => !regions.some((n) => covers(n, r))))
+      for (const gfn of this.#ledger.frames()) before.set(gfn, memory.hostAddress(gpaOf(gfn)));
+    memory.setRegions(regions);
+    for (const [gfn, address] of before)
+      if (!memory.find(gpaOf(gfn), FRAME_SIZE) || memory.hostAddress(gpaOf(gfn)) !== address) lost.push(gfn);
+    this.#releaseFrames(lost);
+    if (this.#life === "static") this.#static.cover();
+    else if (this.#life === "undecided" && this.#o.beforeActivation === "bios") this.#pinFirmwareWindow();
+    this.#changed();
+  }
+
+  /** PIN on. False when the table is not valid. */
+  activate(root: number, levels: number, complete: boolean): boolean {
+    const { memory, openTable = (m, r, l) => new DmaTrackingTable(m, r, l) } = this.#o;
+    if (!DmaTrackingTable.valid(memory, root, levels)) return false;
+    this.#table = openTable(memory, root as Gpa, levels);
+    this.#generation++;
+    this.#complete = complete;
+    this.#parks = 0;
+    this.#enter("pin-on");
+    return true;
+  }
+
+  /** PIN off, or reset of the virtio-iommu device. What is pinned stays: assigned devices may still write to it. */
+  deactivate(event: "pin-off" | "device-reset"): void {
+    this.#table = undefined;
+    this.#passAt = undefined;
+    this.#enter(event);
+  }
+
+  machineReset(): void {
+    this.#table = undefined;
+    this.#passAt = undefined;
+    this.#enter("machine-reset");
+    if (this.#life !== "undecided") return;
+    this.#releaseFrames([...this.#ledger.frames()]);
+    if (this.#o.beforeActivation === "bios") this.#pinFirmwareWindow();
+    this.#changed();
+  }
+
+  park(): void {
+    this.#parks++;
+  }
+
+  unpark(): void {
+    this.#parks = Math.max(0, this.#parks - 1);
+  }
+
+  /** A device touched `gfn`, which is not pinned. Granted only while the guest is undecided. */
+  touchedByFirmware(gfn: Gfn): boolean {
+    const granted = this.#granting && this.#pinFirmware(gfn);
+    this.#changed();
+    return granted;
+  }
+
+  // --- PIN request -----------------------------------------------------------------------------------------------
+
+  /**
+   * Serve a PIN request: all frames pinned and their P set, or nothing newly pinned. Returns the status that
+   * docs/abi.md section 3 names. The frames asked for are at most those the guest has: bounds the loops.
+   */
+  pin(ranges: readonly { readonly gfn: number; readonly nrFrames: number }[]): number {
+    const status = this.#pin(ranges);
+    const { counters } = this.#o;
+    counters.pinRequests++;
+    if (status !== VIRTIO_IOMMU_S_OK) counters.pinRequestsRefused++;
+    this.#changed();
+    return status;
+  }
+
+  #pin(ranges: readonly { readonly gfn: number; readonly nrFrames: number }[]): number {
+    const table = this.#table;
+    if (!table) return VIRTIO_IOMMU_S_UNSUPP;
+    const total = ranges.reduce((sum, r) => sum + r.nrFrames, 0);
+    if (total > this.#o.memory.size / FRAME_SIZE) return VIRTIO_IOMMU_S_INVAL;
+    this.#gfns = grown(this.#gfns, total);
+    this.#units = grown(this.#units, total);
+    let n = 0;
+    for (const { gfn: first, nrFrames } of ranges)
+      for (let gfn = first as Gfn; gfn < first + nrFrames; gfn++) {
+        if (gfn >= GFN_LIMIT || !this.#o.memory.find(gpaOf(gfn), FRAME_SIZE)) return VIRTIO_IOMMU_S_RANGE;
+        const unit = table.walk(gfn);
+        if (unit === NO_UNIT) return VIRTIO_IOMMU_S_FAULT;
+        this.#gfns[n] = gfn;
+        this.#units[n++] = unit;
+      }
+    const status = this.#pinFresh(n);
+    if (status !== VIRTIO_IOMMU_S_OK) return status;
+    for (let i = 0; i < n; i++) {
+      this.#ledger.claim(this.#gfns[i]! as Gfn, this.#generation);
+      table.setPinned(this.#units[i]! as Unit);
+    }
+    return VIRTIO_IOMMU_S_OK;
+  }
+
+  /** Pin those of the first `count` frames of #gfns that are not pinned; with a full unpin first where it is tight. */
+  #pinFresh(count: number): number {
+    for (let attempt = 0; ; attempt++) {
+      this.#collectFresh(count);
+      const tight = this.pinned + this.#fresh.size > this.#o.quota;
+      if (!tight) {
+        try {
+          this.#pinCollected(this.#generation);
+          return VIRTIO_IOMMU_S_OK;
+        } catch (error) {
+          if (!(error instanceof HostError)) throw error;
+          if (error.errno !== "ENOMEM") return VIRTIO_IOMMU_S_IOERR;
+        }
+      }
+      // What the unpin frees may be among this request's frames, if the guest did not count them: collect again.
+      if (attempt > 0 || !this.#unpinAll()) return tight ? VIRTIO_IOMMU_S_NOMEM : VIRTIO_IOMMU_S_IOERR;
+    }
+  }
+
+  #collectFresh(count: number): void {
+    this.#fresh.clear();
+    for (let i = 0; i < count; i++) {
+      const gfn = this.#gfns[i]! as Gfn;
+      if (!this.#ledger.has(gfn) && this.#fresh.find(gfn) < 0) this.#fresh.insert(gfn);
+    }
+  }
+
+  /** Throws HostError; then nothing is pinned. */
+  #pinCollected(generation: number): void {
+    const { memory, pinner, iommu, policy, clock, counters } = this.#o;
+    const count = this.#fresh.size;
+    if (count === 0) return;
+    this.#addresses = grown(this.#addresses, count);
+    this.#handles = grown(this.#handles, count);
+    const gfns = [...this.#fresh];
+    gfns.forEach((gfn, i) => {
+      this.#addresses[i] = memory.hostAddress(gpaOf(gfn));
+    });
+    pinner.pin(this.#addresses, count, this.#handles);
+    const now = clock.now();
+    gfns.forEach((gfn, i) => {
+      this.#ledger.add(gfn, this.#handles[i]!, generation);
+      iommu.allow(gfn);
+      policy.pinned(gfn, now);
+    });
+    counters.framesPinned += count;
+  }
+
+  // --- unpin -----------------------------------------------------------------------------------------------------
+
+  /** Begin an unpin pass, unless one is under way or there is nothing that may be unpinned. */
+  startPass(): void {
+    if (!this.#table || this.parked || this.#passAt !== undefined) return;
+    this.#passAt = this.#o.clock.now();
+    this.#o.counters.passes++;
+    this.sampleKernel();
+  }
+
+  /** One slice of the pass. True while there is more. */
+  slice(): boolean {
+    if (this.#passAt === undefined) return false;
+    const more = !this.parked && this.#slice(this.#passAt);
+    if (!more) this.#passAt = undefined;
+    this.#changed();
+    return more;
+  }
+
+  #slice(now: Nanoseconds): boolean {
+    const { policy, iommu, pinner, counters } = this.#o;
+    this.#candidates.clear();
+    policy.candidates(now, { framesMax: SLICE_FRAMES }, this.#candidates);
+    this.#claimed.clear();
+    for (let i = 0; i < this.#candidates.length; i++) {
+      const gfn = this.#candidates.at(i);
+      const outcome = this.#claim(gfn);
+      if (outcome !== "claimed") {
+        policy.tried(gfn, outcome, now);
+        continue;
+      }
+      iommu.revoke(gfn);
+      this.#claimedHandles[this.#claimed.length] = this.#ledger.handle(gfn);
+      this.#claimed.push(gfn);
+    }
+    const count = this.#claimed.length;
+    const released = count > 0 && iommu.quiesce() ? pinner.release(this.#claimedHandles, count) : 0;
+    for (let i = 0; i < count; i++) {
+      const gfn = this.#claimed.at(i);
+      if (i < released) this.#ledger.remove(gfn);
+      else this.#unclaim(gfn);
+      policy.tried(gfn, i < released ? "claimed" : "refused", now);
+    }
+    counters.framesUnpinned += released;
+    return this.#candidates.length > 0;
+  }
+
+  #claim(gfn: Gfn): Claim {
+    const table = this.#table;
+    if (!table || !this.#ledger.has(gfn)) return "gone";
+    const unit = table.walk(gfn);
+    const outcome = unit === NO_UNIT ? "not-pinned" : table.claimForUnpin(unit);
+    if (outcome !== "not-pinned") return outcome;
+    // P is clear, so the driver does not rely on this pin. It is of firmware, or of an earlier table: with COMPLETE
+    // it may go. One that this table claimed has had its P cleared by the guest: abi.md section 4 keeps it.
+    return this.#complete && this.#ledger.generation(gfn) !== this.#generation ? "claimed" : "mapped";
+  }
+
+  /** Take a claim back: the page is still pinned. */
+  #unclaim(gfn: Gfn): void {
+    this.#o.iommu.allow(gfn);
+    const unit = this.#table?.walk(gfn) ?? NO_UNIT;
+    if (unit !== NO_UNIT && this.#ledger.generation(gfn) === this.#generation) this.#table?.setPinned(unit);
+  }
+
+  /** Unpin now all that may be: for a request that would not fit. True if anything was unpinned. */
+  #unpinAll(): boolean {
+    if (this.parked) return false;
+    this.sampleKernel();
+    const before = this.#ledger.size;
+    // The first pass clears A, the second unpins what was idle.
+    for (let pass = 0; pass < 2; pass++) {
+      const now = this.#o.clock.now();
+      while (this.#slice(now));
+    }
+    return this.#ledger.size < before;
+  }
+
+  // --- pins without a table --------------------------------------------------------------------------------------
+
+  get #granting(): boolean {
+    return this.#life === "undecided" && this.#o.beforeActivation === "bios";
+  }
+
+  #pinFirmwareWindow(): void {
+    const { memory } = this.#o;
+    for (const r of memory.regions)
+      for (
+        let gfn = r.gpa / FRAME_SIZE;
+        gfn < Math.min(FIRMWARE_WINDOW_FRAMES, (r.gpa + r.size) / FRAME_SIZE);
+        gfn++
+      )
+        if (!this.#pinFirmware(gfn as Gfn)) return;
+  }
+
+  #pinFirmware(gfn: Gfn): boolean {
+    if (this.#ledger.has(gfn)) return true;
+    if (!this.#o.memory.find(gpaOf(gfn), FRAME_SIZE)) return false;
+    this.#gfns[0] = gfn;
+    this.#collectFresh(1);
+    try {
+      this.#pinCollected(NO_TABLE);
+    } catch (error) {
+      if (error instanceof HostError) return false;
+      throw error;
+    }
+    this.#o.counters.framesFirmware++;
+    return true;
+  }
+
+  /** Release frames whatever their units say: they are no longer RAM, or the machine was reset. */
+  #releaseFrames(gfns: readonly Gfn[]): void {
+    const { iommu, pinner, policy, clock, counters } = this.#o;
+    for (const gfn of gfns) iommu.revoke(gfn);
+    const quiet = gfns.length === 0 || iommu.quiesce();
+    for (const gfn of gfns) {
+      this.#handles[0] = this.#ledger.handle(gfn);
+      if (!quiet || pinner.release(this.#handles, 1) !== 1) {
+        iommu.allow(gfn);
+        continue;
+      }
+      this.#ledger.remove(gfn);
+      policy.tried(gfn, "gone", clock.now());
+      counters.framesUnpinned++;
+    }
+  }
+
+  // --- accounts --------------------------------------------------------------------------------------------------
+
+  /** Compare what the kernel says is pinned. Called before a pass, because pins fall only there. */
+  sampleKernel(): void {
+    const pages = this.#o.pinner.kernelPinnedPages();
+    if (pages !== null) this.#o.counters.kernelPagesPeak = Math.max(this.#o.counters.kernelPagesPeak, pages);
+  }
+
+  #enter(event: LifeEvent): void {
+    this.#life = nextLife(this.#life, event);
+    this.#o.iommu.setGranting(this.#granting);
+  }
+
+  #changed(): void {
+    const { counters, clock } = this.#o;
+    const now = clock.now();
+    counters.frameTime += counters.framesNow * (now - counters.changedAt);
+    counters.changedAt = now;
+    counters.framesNow = this.pinned;
+    counters.framesPeak = Math.max(counters.framesPeak, this.pinned);
+  }
+}
+
+const covers = (outer: GuestRegion, inner: GuestRegion): boolean =>
+  outer.gpa <= inner.gpa &&
+  inner.gpa + inner.size <= outer.gpa + outer.size &&
+  outer.hostAddress - outer.gpa === inner.hostAddress - inner.gpa;

@@ -1,0 +1,32 @@
+import type { SplitQueue } from "./queue.ts";
+
+/** A virtio device model, without its transport. Register offsets are relative to its device configuration. */
+export interface VirtioDevice {
+  /** VIRTIO 1.2 section 5: device type. */
+  readonly id: number;
+  /** Bits 0..63, VERSION_1 included. */
+  readonly features: bigint;
+  /** Largest size of each queue. */
+  readonly queueSizes: readonly number[];
+  readonly configSize: number;
+  /** Whether these features, a subset of those offered, may go together (FEATURES_OK). */
+  accepts(features: bigint): boolean;
+  /** DRIVER_OK: the features are final. */
+  start(features: bigint): void;
+  configRead(offset: number, into: Uint8Array): void;
+  configWrite(offset: number, from: Uint8Array): void;
+  /** Serve a queue that was kicked. Throws PeerError when the device needs a reset. */
+  kick(index: number, queue: SplitQueue): void;
+  reset(): void;
+}
+
+/** A PCI function without its transport: what the VMM's bus does to it. Sizes are 1, 2, 4 or 8 bytes. */
+export interface PciFunction {
+  configRead(offset: number, size: number): number;
+  configWrite(offset: number, size: number, value: number): void;
+  /** `address` as the VMM has it: absolute while the BAR is mapped. */
+  barRead(address: number, size: number): bigint;
+  barWrite(address: number, size: number, value: bigint): void;
+  /** Reset of the function, with the machine. */
+  reset(): void;
+}

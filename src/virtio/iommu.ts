@@ -1,0 +1,315 @@
+import { DmaFault } from "../base/errors.ts";
+import type { Bdf } from "../base/units.ts";
+import type { GuestMemory } from "../memory/guest-memory.ts";
+import type { Tracker } from "../tracking/tracker.ts";
+import { VIRTIO_F_VERSION_1 } from "../wire/pci.ts";
+import { completedBy } from "../wire/struct.ts";
+import {
+  ASSIGNED_BITMAP_SIZE,
+  Config,
+  PIN_CONTROL_OFF,
+  PIN_CONTROL_ON,
+  PIN_CONTROL_PARK,
+  PIN_CONTROL_UNPARK,
+  PIN_FLAG_COMPLETE,
+  PIN_STATUS_OFF,
+  PIN_STATUS_ON,
+  PIN_STATUS_PARKED,
+  PIN_STATUS_REFUSED,
+  PinRange,
+  ProbeResvMem,
+  ReqHead,
+  ReqPin,
+  ReqProbe,
+  ReqTail,
+  VIRTIO_ID_IOMMU,
+  VIRTIO_IOMMU_F_BYPASS,
+  VIRTIO_IOMMU_F_BYPASS_CONFIG,
+  VIRTIO_IOMMU_F_PIN_PAGE,
+  VIRTIO_IOMMU_F_PROBE,
+  VIRTIO_IOMMU_PROBE_T_RESV_MEM,
+  VIRTIO_IOMMU_RESV_MEM_T_MSI,
+  VIRTIO_IOMMU_S_INVAL,
+  VIRTIO_IOMMU_S_NOENT,
+  VIRTIO_IOMMU_S_UNSUPP,
+  VIRTIO_IOMMU_T_ATTACH,
+  VIRTIO_IOMMU_T_DETACH,
+  VIRTIO_IOMMU_T_MAP,
+  VIRTIO_IOMMU_T_PIN,
+  VIRTIO_IOMMU_T_PROBE,
+  VIRTIO_IOMMU_T_UNMAP,
+} from "../wire/virtio-iommu.ts";
+import type { VirtioDevice } from "./device.ts";
+import { type Buffer, type Chain, lengthOf, MalformedChain, type SplitQueue } from "./queue.ts";
+
+const REQUEST_QUEUE = 0;
+/** Descriptors per queue: a driver has one synchronous request of two buffers at a time. */
+const QUEUE_SIZE = 64;
+/** Ranges in one PIN request: covers the longest scatter list of our disk (126 segments) and its header. */
+const PIN_BATCH_MAX = 128;
+const REQUEST_MAX = ReqPin.size + PIN_BATCH_MAX * PinRange.size;
+/** x86 writes to this window are interrupts, never memory. Intel SDM volume 3, "Message Address Register". */
+const MSI_WINDOW = { start: 0xfee0_0000, end: 0xfeef_ffff };
+const PROBE_SIZE = 64;
+
+const bit = (feature: number): bigint => 1n << BigInt(feature);
+const has = (features: bigint, feature: number): boolean => (features & bit(feature)) !== 0n;
+
+export interface VirtioIommuOptions {
+  readonly memory: GuestMemory;
+  readonly tracker: Tracker;
+  /** Functions that are assigned and must be tracked. */
+  readonly assigned: ReadonlySet<Bdf>;
+  /** Offer PIN_PAGE; otherwise the device is a plain bypass virtio-iommu. */
+  readonly pinPage: boolean;
+}
+
+/**
+ * virtio-iommu (VIRTIO 1.2 section 5.13) with the PIN_PAGE extension (docs/abi.md section 3). Endpoints are in bypass;
+ * requests of MAP_UNMAP, which is not offered, get UNSUPP.
+ */
+export class VirtioIommu implements VirtioDevice {
+  readonly id = VIRTIO_ID_IOMMU;
+  readonly features: bigint;
+  readonly queueSizes = [QUEUE_SIZE, QUEUE_SIZE];
+  readonly configSize = Config.size;
+  readonly #o: VirtioIommuOptions;
+  readonly #config = new Uint8Array(Config.size);
+  readonly #request = new Uint8Array(REQUEST_MAX);
+  #negotiated = 0n;
+  #pinStatus = PIN_STATUS_OFF;
+  /** Requests that were malformed: what a correct driver never sends. */
+  badRequests = 0;
+
+  constructor(options: VirtioIommuOptions) {
+    this.#o = options;
+    this.features =
+      bit(VIRTIO_F_VERSION_1) |
+      bit(VIRTIO_IOMMU_F_PROBE) |
+      bit(VIRTIO_IOMMU_F_BYPASS_CONFIG) |
+      (options.pinPage ? bit(VIRTIO_IOMMU_F_PIN_PAGE) : 0n);
+    this.#resetConfig();
+  }
+
+  accepts(features: bigint): boolean {
+    // abi.md section 3: "A driver that accepts 16 without 3 or 6 gets no FEATURES_OK."
+    const bypass = has(features, VIRTIO_IOMMU_F_BYPASS) || has(features, VIRTIO_IOMMU_F_BYPASS_CONFIG);
+    return bypass || !has(features, VIRTIO_IOMMU_F_PIN_PAGE);
+  }
+
+  start(features: bigint): void {
+    this.#negotiated = features;
+  }
+
+  reset(): void {
+    this.#negotiated = 0n;
+    if (this.#o.tracker.active) this.#o.tracker.deactivate("device-reset");
+    this.#resetConfig();
+  }
+
+  // --- configuration ---------------------------------------------------------------------------------------------
+
+  configRead(offset: number, into: Uint8Array): void {
+    into.set(this.#config.subarray(offset, offset + into.length));
+  }
+
+  configWrite(offset: number, from: Uint8Array): void {
+    const written = this.#config.slice();
+    written.set(from, offset);
+    const value = Config.read(written);
+    const completed = completedBy(Config, offset, from.length);
+    // Section 5.13.4: bypass is 0 or 1, and writable with BYPASS_CONFIG.
+    if (completed.has("bypass") && has(this.#negotiated, VIRTIO_IOMMU_F_BYPASS_CONFIG) && value.bypass <= 1)
+      Config.write(this.#config, { bypass: value.bypass });
+    if (!has(this.#negotiated, VIRTIO_IOMMU_F_PIN_PAGE)) return;
+    const { assignedBitmap, dttRoot, dttLevels, pinFlags } = value;
+    Config.write(this.#config, { assignedBitmap, dttRoot, dttLevels, pinFlags });
+    // A 64-bit field may come as two 32-bit writes, low half first. Only a whole address is acted upon: half of one
+    // would name another page of the guest.
+    if (completed.has("assignedBitmap")) this.#fillBitmap(assignedBitmap);
+    if (completed.has("pinControl")) this.#control(value.pinControl);
+  }
+
+  #fillBitmap(gpa: number): boolean {
+    if (gpa % 4096 || !this.#o.memory.find(gpa, ASSIGNED_BITMAP_SIZE)) return false;
+    const bitmap = new Uint8Array(ASSIGNED_BITMAP_SIZE);
+    for (const bdf of this.#o.assigned) bitmap[bdf >> 3]! |= 1 << (bdf & 7);
+    this.#o.memory.write(gpa, bitmap);
+    return true;
+  }
+
+  #control(command: number): void {
+    this.#pinStatus = this.#applyControl(command);
+    Config.write(this.#config, { pinControl: command, pinStatus: this.#pinStatus });
+  }
+
+  /** The new pin_status. */
+  #applyControl(command: number): number {
+    const { tracker } = this.#o;
+    const refused = (status: number) => PIN_STATUS_REFUSED | status;
+    switch (command) {
+      case PIN_CONTROL_OFF:
+        if (tracker.active) tracker.deactivate("pin-off");
+        return PIN_STATUS_OFF;
+      case PIN_CONTROL_ON: {
+        const { assignedBitmap, dttRoot, dttLevels, pinFlags } = Config.read(this.#config);
+        if (pinFlags & ~PIN_FLAG_COMPLETE) return refused(VIRTIO_IOMMU_S_INVAL);
+        if (!this.#fillBitmap(assignedBitmap)) return refused(VIRTIO_IOMMU_S_INVAL);
+        const complete = (pinFlags & PIN_FLAG_COMPLETE) !== 0;
+        return tracker.activate(dttRoot, dttLevels, complete) ? PIN_STATUS_ON : refused(VIRTIO_IOMMU_S_INVAL);
+      }
+      case PIN_CONTROL_PARK:
+      case PIN_CONTROL_UNPARK:
+        if (!tracker.active) return refused(VIRTIO_IOMMU_S_UNSUPP);
+        if (command === PIN_CONTROL_PARK) tracker.park();
+        else tracker.unpark();
+        return tracker.parked ? PIN_STATUS_PARKED : PIN_STATUS_ON;
+      default:
+        return refused(VIRTIO_IOMMU_S_INVAL);
+    }
+  }
+
+  #resetConfig(): void {
+    const { tracker, pinPage } = this.#o;
+    this.#pinStatus = PIN_STATUS_OFF;
+    this.#config.fill(0);
+    Config.write(this.#config, {
+      pageSizeMask: 0xffff_ffff_ffff_f000n,
+      inputEnd: 0xffff_ffff_ffff_ffffn,
+      domainEnd: 0xffff_ffff,
+      probeSize: PROBE_SIZE,
+      bypass: 1,
+    });
+    if (!pinPage) return;
+    const pinQuota = Number.isFinite(tracker.quota) ? BigInt(tracker.quota) : 0xffff_ffff_ffff_ffffn;
+    Config.write(this.#config, { pinBatchMax: PIN_BATCH_MAX, pinQuota });
+  }
+
+  // --- requests --------------------------------------------------------------------------------------------------
+
+  kick(index: number, queue: SplitQueue): void {
+    // The event queue holds buffers for fault reports; nothing is reported yet.
+    if (index !== REQUEST_QUEUE) return;
+    // Bounded: a driver on another CPU could refill the ring for ever.
+    for (let n = 0; n < QUEUE_SIZE; n++) {
+      let chain: Chain | undefined;
+      try {
+        chain = queue.pop();
+      } catch (error) {
+        if (!(error instanceof MalformedChain)) throw error;
+        this.badRequests++;
+        queue.push(error.head, 0);
+        continue;
+      }
+      if (!chain) return;
+      queue.push(chain.head, this.#serve(chain));
+    }
+  }
+
+  /** Serve one request; returns the bytes written. Unanswerable ones return 0: no tail, or an unknown type. */
+  #serve(chain: Chain): number {
+    const length = lengthOf(chain.readable);
+    const writable = lengthOf(chain.writable);
+    if (length < ReqHead.size || writable < ReqTail.size) return this.#bad();
+    const request = this.#request.subarray(0, Math.min(length, REQUEST_MAX));
+    // Copied once: the guest may change it while we look at it.
+    if (!this.#copyIn(chain.readable, request)) return this.#bad();
+    const { type } = ReqHead.read(request);
+    switch (type) {
+      case VIRTIO_IOMMU_T_PIN:
+        return this.#answer(chain.writable, new Uint8Array(0), this.#pin(request, length));
+      case VIRTIO_IOMMU_T_PROBE:
+        return this.#probe(request, length, chain.writable, writable);
+      case VIRTIO_IOMMU_T_ATTACH:
+      case VIRTIO_IOMMU_T_DETACH:
+      case VIRTIO_IOMMU_T_MAP:
+      case VIRTIO_IOMMU_T_UNMAP:
+        return this.#answer(chain.writable, new Uint8Array(0), VIRTIO_IOMMU_S_UNSUPP);
+      default:
+        // Section 5.13.6.2: "If the device does not recognize a request type, it MUST NOT write the buffer and MUST
+        // set the used length to zero."
+        return this.#bad();
+    }
+  }
+
+  #pin(request: Uint8Array, length: number): number {
+    if (!has(this.#negotiated, VIRTIO_IOMMU_F_PIN_PAGE) || !this.#o.tracker.active)
+      return VIRTIO_IOMMU_S_UNSUPP;
+    if (length < ReqPin.size) return VIRTIO_IOMMU_S_INVAL;
+    const { headReserved, endpoint, flags, nrRanges } = ReqPin.read(request);
+    if (nrRanges === 0 || nrRanges > PIN_BATCH_MAX) return VIRTIO_IOMMU_S_INVAL;
+    if (length !== ReqPin.size + nrRanges * PinRange.size) return VIRTIO_IOMMU_S_INVAL;
+    if (flags !== 0 || headReserved.some((b) => b !== 0)) return VIRTIO_IOMMU_S_INVAL;
+    if (!this.#isAssigned(endpoint)) return VIRTIO_IOMMU_S_NOENT;
+    const ranges = Array.from({ length: nrRanges }, (_, i) =>
+      PinRange.read(request, ReqPin.size + i * PinRange.size),
+    );
+    if (ranges.some((r) => r.nrFrames === 0 || r.reserved !== 0)) return VIRTIO_IOMMU_S_INVAL;
+    return this.#o.tracker.pin(ranges);
+  }
+
+  /** Section 5.13.6.7: properties, then the tail, which is the last 4 bytes of the writable part. */
+  #probe(request: Uint8Array, length: number, buffers: readonly Buffer[], writable: number): number {
+    if (length < ReqProbe.size || writable < PROBE_SIZE + ReqTail.size)
+      return this.#answer(buffers, new Uint8Array(0), VIRTIO_IOMMU_S_INVAL);
+    const { endpoint } = ReqProbe.read(request);
+    const properties = new Uint8Array(PROBE_SIZE);
+    // "If the endpoint identified by endpoint doesn't exist, the device MUST set the request status to NOENT."
+    if (!this.#isAssigned(endpoint)) return this.#answer(buffers, properties, VIRTIO_IOMMU_S_NOENT);
+    ProbeResvMem.write(properties, {
+      type: VIRTIO_IOMMU_PROBE_T_RESV_MEM,
+      length: ProbeResvMem.size - 4,
+      subtype: VIRTIO_IOMMU_RESV_MEM_T_MSI,
+      ...MSI_WINDOW,
+    });
+    return this.#answer(buffers, properties, 0);
+  }
+
+  #isAssigned(endpoint: number): boolean {
+    // endpoint: segment << 16 | BDF; there is one segment.
+    return endpoint <= 0xffff && this.#o.assigned.has(endpoint as Bdf);
+  }
+
+  /** Write `payload`, then the tail at the end of the payload's place. Returns the bytes written. */
+  #answer(buffers: readonly Buffer[], payload: Uint8Array, status: number): number {
+    const reply = new Uint8Array(payload.length + ReqTail.size);
+    reply.set(payload);
+    ReqTail.write(reply, { status }, payload.length);
+    let done = 0;
+    try {
+      for (const { gpa, length } of buffers) {
+        this.#o.memory.write(gpa, reply.subarray(done, done + length));
+        done = Math.min(reply.length, done + length);
+      }
+    } catch (error) {
+      return this.#peerMemory(error);
+    }
+    return done;
+  }
+
+  #copyIn(buffers: readonly Buffer[], into: Uint8Array): boolean {
+    let done = 0;
+    try {
+      for (const { gpa, length } of buffers) {
+        const part = into.subarray(done, done + length);
+        this.#o.memory.read(gpa, part);
+        done += part.length;
+      }
+      return true;
+    } catch (error) {
+      this.#peerMemory(error);
+      return false;
+    }
+  }
+
+  /** A request or its answer does not lie in guest RAM. */
+  #peerMemory(error: unknown): number {
+    if (error instanceof DmaFault || !(error instanceof Error) || !("code" in error)) throw error;
+    return this.#bad();
+  }
+
+  #bad(): number {
+    this.badRequests++;
+    return 0;
+  }
+}
