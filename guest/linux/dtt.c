@@ -15,6 +15,7 @@
 #include <linux/ioport.h>
 #include <linux/memory.h>
 #include <linux/mm.h>
+#include <linux/mutex.h>
 #include <linux/pfn.h>
 
 #include "coiommu.h"
@@ -27,6 +28,9 @@ static_assert(PAGE_SIZE == COIOMMU_TABLE_SIZE);
 static_assert(sizeof(atomic_t) == COIOMMU_UNIT_SIZE);
 static_assert(LEAF_UNITS * COIOMMU_UNIT_SIZE == COIOMMU_TABLE_SIZE);
 static_assert(TABLE_ENTRIES * COIOMMU_ENTRY_SIZE == COIOMMU_TABLE_SIZE);
+
+/* Held while the table is created, destroyed or surveyed. Mappings need no lock. */
+static DEFINE_MUTEX(dtt_lock);
 
 static struct {
 	void *root;
@@ -184,41 +188,7 @@ static int memory_changes(struct notifier_block *nb, unsigned long action, void 
 
 static struct notifier_block memory_nb = { .notifier_call = memory_changes };
 
-/* Caller: no table exists, and no function is hooked. */
-int coiommu_dtt_create(void)
-{
-	unsigned int bits;
-	u64 last = 0;
-	int ret;
-
-	for_each_ram(&last, find_last_gfn);
-	bits = fls64(last);
-	dtt.levels = 1;
-	if (bits > COIOMMU_LEAF_BITS)
-		dtt.levels += DIV_ROUND_UP(bits - COIOMMU_LEAF_BITS, COIOMMU_ENTRY_BITS);
-	if (dtt.levels > COIOMMU_LEVELS_MAX)
-		return -ERANGE;
-	dtt.top_shift = level_shift(dtt.levels);
-	dtt.gfn_bits = dtt.top_shift + COIOMMU_ENTRY_BITS;
-	/* Room for every CPU to count past the limit at once, before it sees that it did. */
-	dtt.count_max = COIOMMU_TU_COUNT - num_possible_cpus();
-
-	dtt.root = alloc_table();
-	if (!dtt.root)
-		return -ENOMEM;
-	ret = register_memory_notifier(&memory_nb);
-	if (ret) {
-		free_table(dtt.root);
-		dtt.root = NULL;
-		return ret;
-	}
-	ret = for_each_ram(NULL, make_resource_leaves);
-	if (ret)
-		coiommu_dtt_destroy();
-	return ret;
-}
-
-static void destroy_table(void *table, unsigned int level)
+static void destroy_tables(void *table, unsigned int level)
 {
 	unsigned int i;
 
@@ -227,21 +197,61 @@ static void destroy_table(void *table, unsigned int level)
 			void *child = entry_table(((u64 *)table)[i]);
 
 			if (child)
-				destroy_table(child, level - 1);
+				destroy_tables(child, level - 1);
 		}
 		cond_resched();
 	}
 	free_table(table);
 }
 
-/* Caller: the host has let go of the table (pin_control off, device reset), and no function is hooked. */
+/* Caller: the host has let go of the table (device reset), and no function is hooked. */
 void coiommu_dtt_destroy(void)
 {
+	mutex_lock(&dtt_lock);
+	if (dtt.root) {
+		unregister_memory_notifier(&memory_nb);
+		destroy_tables(dtt.root, dtt.levels);
+		dtt.root = NULL;
+	}
+	mutex_unlock(&dtt_lock);
+}
+
+static int choose_geometry(void)
+{
+	unsigned int bits;
+	u64 last = 0;
+
+	for_each_ram(&last, find_last_gfn);
+	bits = fls64(last);
+	dtt.levels = 1;
+	if (bits > COIOMMU_LEAF_BITS)
+		dtt.levels += DIV_ROUND_UP(bits - COIOMMU_LEAF_BITS, COIOMMU_ENTRY_BITS);
+	dtt.top_shift = level_shift(dtt.levels);
+	dtt.gfn_bits = dtt.top_shift + COIOMMU_ENTRY_BITS;
+	/* Room for every CPU to count past the limit at once, before it sees that it did. */
+	dtt.count_max = COIOMMU_TU_COUNT - num_possible_cpus();
+	return dtt.levels > COIOMMU_LEVELS_MAX ? -ERANGE : 0;
+}
+
+/* Caller: no table exists, and no function is hooked. On failure, destroy what there is. */
+int coiommu_dtt_create(void)
+{
+	int ret;
+
+	mutex_lock(&dtt_lock);
+	ret = choose_geometry();
+	if (ret)
+		goto out;
+	ret = -ENOMEM;
+	dtt.root = alloc_table();
 	if (!dtt.root)
-		return;
-	unregister_memory_notifier(&memory_nb);
-	destroy_table(dtt.root, dtt.levels);
-	dtt.root = NULL;
+		goto out;
+	ret = register_memory_notifier(&memory_nb);
+	if (!ret)
+		ret = for_each_ram(NULL, make_resource_leaves);
+out:
+	mutex_unlock(&dtt_lock);
+	return ret;
 }
 
 phys_addr_t coiommu_dtt_root(void)
@@ -264,7 +274,7 @@ unsigned int coiommu_dtt_levels(void)
  *
  * With PIN_DIRTY this is also where D is set and W cleared, in the same RMW.
  */
-static bool put_unit(atomic_t *unit)
+static inline bool put_unit(atomic_t *unit)
 {
 	int value = atomic_read(unit);
 
@@ -277,6 +287,8 @@ static bool put_unit(atomic_t *unit)
 
 /**
  * coiommu_dtt_get - count a mapping up in the units of @nr frames
+ * @gfn: first frame
+ * @nr: how many
  * @ask: set to true if a frame is not pinned, else left alone
  *
  * On failure no unit has changed, except for A.
@@ -406,13 +418,15 @@ static void use_of_leaf(atomic_t *units, void *arg)
 	}
 }
 
-/* A moving picture: mappings come and go during the walk. Caller: the table stays. */
+/* A moving picture: mappings come and go during the walk. */
 void coiommu_dtt_usage(struct coiommu_dtt_usage *usage)
 {
 	*usage = (struct coiommu_dtt_usage){};
-	if (!dtt.root)
-		return;
-	usage->levels = dtt.levels;
-	usage->table_pages = atomic_long_read(&dtt.pages);
-	for_each_leaf(dtt.root, dtt.levels, use_of_leaf, usage);
+	mutex_lock(&dtt_lock);
+	if (dtt.root) {
+		usage->levels = dtt.levels;
+		usage->table_pages = atomic_long_read(&dtt.pages);
+		for_each_leaf(dtt.root, dtt.levels, use_of_leaf, usage);
+	}
+	mutex_unlock(&dtt_lock);
 }

@@ -23,6 +23,11 @@ const REFUSED = 3;
 export const DEVICES_MAX = 8;
 const BITMAP = DEVICES + DEVICES_MAX * PER_DEVICE;
 
+/** The shared table for GFNs 0 to `frames`. */
+export const createIommuBuffer = (frames: number): SharedArrayBuffer =>
+  new SharedArrayBuffer(4 * (BITMAP + Math.ceil(frames / 32)));
+const framesOf = (words: SharedWords): number => (words.length - BITMAP) * 32;
+
 /** A device window that stays open longer than this (a stuck disk) makes the unpin be taken back, not waited for. */
 const QUIESCE_LIMIT = milliseconds(2);
 /** A device waits this long for the backend's answer; the backend may be inside a slice or a large PIN. */
@@ -36,16 +41,14 @@ const REQUEST_TIMEOUT_MS = 5000;
  * This class is the backend's side; DeviceGate is a device's.
  */
 export class SoftwareIommu {
-  readonly buffer: SharedArrayBuffer;
   readonly #words: SharedWords;
   readonly #frames: number;
   readonly #clock: Clock;
 
-  /** `frames`: GFNs from 0 that the table covers. */
-  constructor(frames: number, clock: Clock) {
-    this.buffer = new SharedArrayBuffer(4 * (BITMAP + Math.ceil(frames / 32)));
-    this.#words = new SharedWords(this.buffer);
-    this.#frames = frames;
+  /** `buffer`: from createIommuBuffer(). */
+  constructor(buffer: SharedArrayBuffer, clock: Clock) {
+    this.#words = new SharedWords(buffer);
+    this.#frames = framesOf(this.#words);
     this.#clock = clock;
   }
 
@@ -112,7 +115,7 @@ export class DeviceGate implements DmaGate {
     if (device >= DEVICES_MAX) throw new InvariantViolation(`device ${device} of ${DEVICES_MAX}`);
     this.#words = new SharedWords(buffer);
     this.#base = DEVICES + device * PER_DEVICE;
-    this.#frames = (this.#words.length - BITMAP) * 32;
+    this.#frames = framesOf(this.#words);
     this.#ring = ring;
   }
 

@@ -27,13 +27,15 @@ export class StaticPins {
     return this.#frames;
   }
 
-  /** Pin all RAM that is not pinned yet. Throws HostError. */
-  cover(): void {
+  /** Pin all RAM that is not pinned yet; returns the number of frames. Throws HostError. */
+  cover(): number {
+    const before = this.#frames;
     for (const r of this.#memory.regions) {
       for (const [start, end] of this.#missing(r.hostAddress, r.hostAddress + r.size)) this.#pin(start, end);
       const first = r.gpa / FRAME_SIZE;
       for (let gfn = first; gfn < first + r.size / FRAME_SIZE; gfn++) this.#iommu.allow(gfn as Gfn);
     }
+    return this.#frames - before;
   }
 
   #pin(start: number, end: number): void {

@@ -32,8 +32,11 @@ export const TRACKING_COUNTERS = [
   /** Integral of framesNow over time, in frame-nanoseconds, up to `changedAt`. */
   "frameTime",
   "changedAt",
+  "startedAt",
   "kernelPagesPeak",
   "passes",
+  /** Frames that the last complete pass found mapped. */
+  "framesMapped",
 ] as const;
 export type TrackingCounters = Counters<(typeof TRACKING_COUNTERS)[number]>;
 
@@ -72,6 +75,7 @@ export class Tracker {
   #complete = false;
   #parks = 0;
   #passAt: Nanoseconds | undefined;
+  #passMapped = 0;
 
   // Scratch, reused: a request's frames and units, and what of them is new.
   #gfns = new Float64Array(256);
@@ -88,7 +92,7 @@ export class Tracker {
     this.#o = options;
     this.#life = options.beforeActivation === "all" ? "static" : "undecided";
     this.#static = new StaticPins(options.memory, options.pinner, options.iommu);
-    options.counters.changedAt = options.clock.now();
+    options.counters.startedAt = options.counters.changedAt = options.clock.now();
     options.iommu.setGranting(this.#granting);
   }
 
@@ -111,7 +115,10 @@ export class Tracker {
 
   // --- the guest's life ------------------------------------------------------------------------------------------
 
-  /** The VMM's view of guest RAM has changed. Pins of frames that are no longer backed by the same memory go. */
+  /**
+   * The VMM's view of guest RAM has changed. Pins of frames that are no longer backed by the same memory go; what the
+   * state wants pinned without a request is pinned. Throws HostError when that fails; the memory is known all the same.
+   */
   setMemory(regions: readonly GuestRegion[]): void {
     const { memory } = this.#o;
     const lost: Gfn[] = [];
@@ -122,9 +129,12 @@ export class Tracker {
     for (const [gfn, address] of before)
       if (!memory.find(gpaOf(gfn), FRAME_SIZE) || memory.hostAddress(gpaOf(gfn)) !== address) lost.push(gfn);
     this.#releaseFrames(lost);
-    if (this.#life === "static") this.#static.cover();
-    else if (this.#life === "undecided" && this.#o.beforeActivation === "bios") this.#pinFirmwareWindow();
-    this.#changed();
+    try {
+      if (this.#life === "static") this.#o.counters.framesPinned += this.#static.cover();
+      else if (this.#granting) this.#pinFirmwareWindow();
+    } finally {
+      this.#changed();
+    }
   }
 
   /** PIN on. False when the table is not valid. */
@@ -152,8 +162,11 @@ export class Tracker {
     this.#enter("machine-reset");
     if (this.#life !== "undecided") return;
     this.#releaseFrames([...this.#ledger.frames()]);
-    if (this.#o.beforeActivation === "bios") this.#pinFirmwareWindow();
-    this.#changed();
+    try {
+      if (this.#granting) this.#pinFirmwareWindow();
+    } finally {
+      this.#changed();
+    }
   }
 
   park(): void {
@@ -166,9 +179,14 @@ export class Tracker {
 
   /** A device touched `gfn`, which is not pinned. Granted only while the guest is undecided. */
   touchedByFirmware(gfn: Gfn): boolean {
-    const granted = this.#granting && this.#pinFirmware(gfn);
-    this.#changed();
-    return granted;
+    try {
+      return this.#granting && this.#pinFirmware(gfn);
+    } catch (error) {
+      if (error instanceof HostError) return false;
+      throw error;
+    } finally {
+      this.#changed();
+    }
   }
 
   // --- PIN request -----------------------------------------------------------------------------------------------
@@ -265,6 +283,7 @@ export class Tracker {
   startPass(): void {
     if (!this.#table || this.parked || this.#passAt !== undefined) return;
     this.#passAt = this.#o.clock.now();
+    this.#passMapped = 0;
     this.#o.counters.passes++;
     this.sampleKernel();
   }
@@ -273,7 +292,10 @@ export class Tracker {
   slice(): boolean {
     if (this.#passAt === undefined) return false;
     const more = !this.parked && this.#slice(this.#passAt);
-    if (!more) this.#passAt = undefined;
+    if (!more) {
+      this.#passAt = undefined;
+      this.#o.counters.framesMapped = this.#passMapped;
+    }
     this.#changed();
     return more;
   }
@@ -286,6 +308,7 @@ export class Tracker {
     for (let i = 0; i < this.#candidates.length; i++) {
       const gfn = this.#candidates.at(i);
       const outcome = this.#claim(gfn);
+      if (outcome === "mapped") this.#passMapped++;
       if (outcome !== "claimed") {
         policy.tried(gfn, outcome, now);
         continue;
@@ -351,20 +374,16 @@ export class Tracker {
         gfn < Math.min(FIRMWARE_WINDOW_FRAMES, (r.gpa + r.size) / FRAME_SIZE);
         gfn++
       )
-        if (!this.#pinFirmware(gfn as Gfn)) return;
+        this.#pinFirmware(gfn as Gfn);
   }
 
+  /** Throws HostError. */
   #pinFirmware(gfn: Gfn): boolean {
     if (this.#ledger.has(gfn)) return true;
     if (!this.#o.memory.find(gpaOf(gfn), FRAME_SIZE)) return false;
     this.#gfns[0] = gfn;
     this.#collectFresh(1);
-    try {
-      this.#pinCollected(NO_TABLE);
-    } catch (error) {
-      if (error instanceof HostError) return false;
-      throw error;
-    }
+    this.#pinCollected(NO_TABLE);
     this.#o.counters.framesFirmware++;
     return true;
   }

@@ -47,7 +47,8 @@ export async function probeKvm(qemu: string): Promise<AccelChoice> {
     "none",
   ];
   const exit = ["-device", `isa-debug-exit,iobase=${EXIT_PORT},iosize=1`, "-bios", join(folder, "firmware")];
-  const { code } = await command([qemu, ...machine, ...exit], { timeoutMs: 5_000 });
+  const withoutCore = ["sh", "-c", 'ulimit -c 0; exec "$@"', "sh"]; // a KVM that is half there aborts QEMU
+  const { code } = await command([...withoutCore, qemu, ...machine, ...exit], { timeoutMs: 5_000 });
   return code === EXIT_CODE
     ? { accel: "kvm", reason: "/dev/kvm ran a test guest" }
     : { accel: "tcg", reason: "/dev/kvm is there but did not run a test guest" };

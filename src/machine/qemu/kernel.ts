@@ -14,10 +14,12 @@ export interface Kernel {
   key: string;
 }
 
+export const kernelKey = ({ kernelRelease, kernel }: Selection): string => `${kernelRelease}-${kernel.key}`;
+
 /** Debian's stock kernel with what is needed to build modules for it, unpacked into the cache; nothing is installed. */
 export async function ensureKernel(selection: Selection, apt: Apt, report: Report): Promise<Kernel> {
   const { kernelRelease: release, kernel } = selection;
-  const root = await cached("kernel", `${release}-${kernel.key}`, async (temporary) => {
+  const root = await cached("kernel", kernelKey(selection), async (temporary) => {
     report(`downloading Debian's kernel ${release} and its headers`);
     await apt.unpack(kernel.names, temporary);
     makeHeadersRelocatable(join(temporary, "usr/src", `linux-headers-${release}`, "Makefile"));

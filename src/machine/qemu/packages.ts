@@ -5,35 +5,35 @@ import { command, which } from "./command.ts";
 /** Tells a person what is being done, one line at a time. */
 export type Report = (text: string) => void;
 
-interface HostTool {
+export interface HostTool {
   package: string;
   /** What it is for, in `coiommu doctor`'s words. */
   purpose: string;
-  present: () => boolean;
+  /** A program of the package; of a package without one, a library. */
+  program?: string;
+  library?: string;
 }
-
-const executable = (name: string) => () => which(name) !== undefined;
-const library = (name: string) => () =>
-  ["/usr/lib/x86_64-linux-gnu", "/lib/x86_64-linux-gnu", "/usr/lib64", "/lib64"].some((folder) =>
-    existsSync(`${folder}/${name}`),
-  );
 
 /** What a VM run needs installed on the host. What runs *inside* the guest is unpacked into the cache instead. */
 export const HOST_TOOLS: readonly HostTool[] = [
-  { package: "qemu-system-x86", purpose: "runs the guest", present: executable("qemu-system-x86_64") },
-  { package: "gcc", purpose: "compiles the guest's kernel module", present: executable("gcc") },
-  { package: "make", purpose: "drives the kernel's build system", present: executable("make") },
-  { package: "binutils", purpose: "links and strips the kernel module", present: executable("readelf") },
-  {
-    package: "libelf1",
-    purpose: "objtool, a part of the kernel's build, needs it",
-    present: library("libelf.so.1"),
-  },
-  { package: "xz-utils", purpose: "unpacks stock kernel modules", present: executable("xz") },
+  { package: "qemu-system-x86", purpose: "runs the guest", program: "qemu-system-x86_64" },
+  { package: "gcc", purpose: "compiles the guest's kernel module", program: "gcc" },
+  { package: "make", purpose: "drives the kernel's build system", program: "make" },
+  { package: "binutils", purpose: "links and strips the kernel module", program: "readelf" },
+  { package: "libelf1", purpose: "objtool, a part of the kernel's build, needs it", library: "libelf.so.1" },
+  { package: "xz-utils", purpose: "unpacks stock kernel modules", program: "xz" },
 ];
 
+const LIBRARY_FOLDERS = ["/usr/lib/x86_64-linux-gnu", "/lib/x86_64-linux-gnu", "/usr/lib64", "/lib64"];
+
+/** Where it is; found by its files, because not every machine installs through dpkg. */
+export const locate = ({ program, library }: HostTool): string | undefined =>
+  program
+    ? which(program)
+    : LIBRARY_FOLDERS.map((folder) => `${folder}/${library}`).find((path) => existsSync(path));
+
 export const missingPackages = (tools: readonly HostTool[] = HOST_TOOLS): string[] =>
-  tools.filter((tool) => !tool.present()).map((tool) => tool.package);
+  tools.filter((tool) => !locate(tool)).map((tool) => tool.package);
 
 export const installCommand = (packages: readonly string[]): string =>
   `sudo apt-get install --no-install-recommends ${packages.join(" ")}`;

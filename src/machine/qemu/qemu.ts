@@ -94,13 +94,19 @@ async function greeted(running: Running): Promise<Qemu> {
   }
 }
 
+/**
+ * Without hardware behind it the kernel would distrust the TSC, and every look at the clock would leave the guest;
+ * mitigations and 5-level page tables, which cost real hardware little, cost a sixth of all I/O.
+ */
+const TCG_WORDS = ["tsc=reliable", "mitigations=off", "no5lvl"];
+
 /** Numbers of the inherited descriptors in QEMU, after stdin, stdout and stderr. */
 const FD = { qmp: 3, agent: 4, console: 5, firstDevice: 6 } as const;
 
 export function qemuArguments(options: QemuOptions, accel: Accel): string[] {
   const machine = ["q35", "memory-backend=m0", ...(options.machine ?? [])].join(",");
-  // tsc=reliable: under TCG the kernel would distrust the TSC, and every look at the clock would leave the guest.
-  const append = ["console=ttyS0", "quiet", "panic=-1", "tsc=reliable", ...(options.append ?? [])].join(" ");
+  const words = ["console=ttyS0", "quiet", "panic=-1", ...(accel === "tcg" ? TCG_WORDS : [])];
+  const append = [...words, ...(options.append ?? [])].join(" ");
   const console = options.shell ? "stdio,id=console,signal=off" : `socket,id=console,fd=${FD.console}`;
   let fd: number = FD.firstDevice;
   const devices = (options.devices ?? []).flatMap((device) => device.arguments(device.fds.map(() => fd++)));

@@ -1,8 +1,8 @@
-import { readFileSync, writeFileSync } from "node:fs";
+import { existsSync, readFileSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { UserError } from "../../base/errors.ts";
 import { Apt } from "./apt.ts";
-import { cached, digest } from "./cache.ts";
+import { cached, cachePath, digest } from "./cache.ts";
 
 /** The Debian packages that a guest is made of, with the versions that this machine's lists offer. */
 export interface Selection {
@@ -25,20 +25,22 @@ const FIO_LIBRARIES = /^(libc6|libaio1|libnuma1|zlib1g)(t64)?$/;
 
 /** Looked up again only when the lists change: apt-cache takes seconds where it may not keep a cache of its own. */
 export async function selectPackages(apt: Apt): Promise<Selection> {
-  await ensureAnyList(apt);
-  const folder = await cached(
-    "selection",
-    digest(Apt.stamp(), readFileSync(import.meta.filename)),
-    async (temporary) => {
-      writeFileSync(join(temporary, "selection.json"), JSON.stringify(await lookUp(apt)));
-    },
-  );
-  return JSON.parse(readFileSync(join(folder, "selection.json"), "utf8")) as Selection;
+  if (!Apt.hasLists()) await apt.update();
+  const folder = await cached("selection", selectionKey(), async (temporary) => {
+    writeFileSync(join(temporary, FILE), JSON.stringify(await lookUp(apt)));
+  });
+  return read(folder);
 }
 
-async function ensureAnyList(apt: Apt): Promise<void> {
-  if (!Apt.hasLists()) await apt.update();
+/** What a look-up with the present lists has found, if there was one. */
+export function knownSelection(): Selection | undefined {
+  const folder = cachePath("selection", selectionKey());
+  return existsSync(folder) ? read(folder) : undefined;
 }
+
+const FILE = "selection.json";
+const selectionKey = () => digest(Apt.stamp(), readFileSync(import.meta.filename));
+const read = (folder: string) => JSON.parse(readFileSync(join(folder, FILE), "utf8")) as Selection;
 
 async function lookUp(apt: Apt): Promise<Selection> {
   await apt.ensureLists(KERNEL_META_PACKAGE);

@@ -2,6 +2,7 @@ import {
   copyFileSync,
   existsSync,
   mkdirSync,
+  readFileSync,
   realpathSync,
   rmSync,
   symlinkSync,
@@ -23,13 +24,16 @@ export interface Userland {
 
 const LIBRARY_FOLDERS = ["usr/lib/x86_64-linux-gnu", "lib/x86_64-linux-gnu"];
 
+export const userlandKey = (packages: PackageSet): string =>
+  digest(packages.key, readFileSync(import.meta.filename));
+
 /**
  * Debian's busybox and fio. Its fio is linked with the clients of Ceph, Gluster, NBD, RDMA and persistent memory:
  * 90 MB of libraries that a guest would load, relocate at each start and hold in its memory, for I/O engines that
  * we never ask for. One library of trapping functions takes their place (2 % of the size); a call would end fio.
  */
 export async function ensureUserland(packages: PackageSet, apt: Apt, report: Report): Promise<Userland> {
-  const key = digest(packages.key, import.meta.filename);
+  const key = userlandKey(packages);
   const root = await cached("userland", key, async (temporary) => {
     report("downloading Debian's busybox and fio for the guest");
     const unpacked = join(temporary, ".unpacked");

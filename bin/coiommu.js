@@ -1,0 +1,21 @@
+#!/usr/bin/env node
+// Runs from source in a checkout (Node strips the types) and from dist/ in the published package.
+import { spawnSync } from "node:child_process";
+import { existsSync } from "node:fs";
+
+const path = (relative) => new URL(relative, import.meta.url);
+const source = path("../src/cli/main.ts");
+const pinned = path("../node_modules/node/bin/node");
+
+if (Number.parseInt(process.versions.node, 10) >= 24) {
+  const main = existsSync(source) ? source : path("../dist/cli/main.js");
+  await import(main.href);
+} else if (existsSync(pinned)) {
+  const { status, signal } = spawnSync(pinned.pathname, process.argv.slice(1), { stdio: "inherit" });
+  process.exitCode = signal ? 1 : (status ?? 1);
+} else {
+  console.error(
+    `coiommu: needs Node 24 or newer, and this is Node ${process.versions.node}: run it with a newer Node`,
+  );
+  process.exitCode = 2;
+}

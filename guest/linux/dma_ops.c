@@ -1,0 +1,380 @@
+// SPDX-License-Identifier: GPL-2.0
+/*
+ * The DMA API of a hooked function: dma-direct does the mapping, through the
+ * shadow device (see struct coiommu_hook), and the table counts it.
+ *
+ * What is counted are the frames of the address that the device gets, not of
+ * the caller's page: with SWIOTLB they differ, and the device touches the slot.
+ *
+ * A mapping is all or nothing: when a frame cannot be pinned, its counts are
+ * taken back and the caller sees a failure that it may retry.
+ */
+#include <linux/dma-direct.h>
+#include <linux/mm.h>
+#include <linux/pfn.h>
+#include <linux/scatterlist.h>
+
+#include "coiommu.h"
+
+static inline struct coiommu_hook *to_hook(struct device *dev)
+{
+	return container_of(dev->dma_ops, struct coiommu_hook, ops);
+}
+
+static inline phys_addr_t device_sees(struct coiommu_hook *hook, dma_addr_t addr)
+{
+	return dma_to_phys(&hook->shadow, addr);
+}
+
+static inline u64 first_gfn(struct coiommu_hook *hook, dma_addr_t addr)
+{
+	return PHYS_PFN(device_sees(hook, addr));
+}
+
+/* dma-direct keeps the offset in the page, so @addr tells it without translation. */
+static inline u64 nr_frames(dma_addr_t addr, size_t size)
+{
+	return PFN_UP((u64)offset_in_page(addr) + size);
+}
+
+static int pin(struct coiommu_hook *hook, u64 gfn, u64 nr)
+{
+	struct coiommu_pin pin;
+
+	coiommu_pin_begin(&pin, hook->endpoint);
+	coiommu_pin_add(&pin, gfn, nr);
+	return coiommu_pin_end(&pin);
+}
+
+static int track(struct coiommu_hook *hook, dma_addr_t addr, size_t size)
+{
+	u64 gfn = first_gfn(hook, addr);
+	u64 nr = nr_frames(addr, size);
+	bool ask = false;
+	int ret;
+
+	ret = coiommu_dtt_get(gfn, nr, &ask);
+	if (unlikely(ret))
+		goto failed;
+	if (unlikely(ask)) {
+		ret = pin(hook, gfn, nr);
+		if (ret) {
+			coiommu_dtt_put(gfn, nr);
+			goto failed;
+		}
+	}
+	coiommu_count(map);
+	coiommu_add(frames_mapped, nr);
+	return 0;
+failed:
+	coiommu_count(map_failed);
+	return ret;
+}
+
+static void untrack(struct coiommu_hook *hook, dma_addr_t addr, size_t size)
+{
+	u64 done = coiommu_dtt_put(first_gfn(hook, addr), nr_frames(addr, size));
+
+	coiommu_count(unmap);
+	coiommu_add(frames_unmapped, done);
+}
+
+static u64 put_sg(struct coiommu_hook *hook, struct scatterlist *sgl, int nents)
+{
+	struct scatterlist *sg;
+	u64 done = 0;
+	int i;
+
+	for_each_sg(sgl, sg, nents, i)
+		done += coiommu_dtt_put(first_gfn(hook, sg_dma_address(sg)),
+					nr_frames(sg_dma_address(sg), sg_dma_len(sg)));
+	return done;
+}
+
+/* All frames of the list that lack P go into one request, if they fit. */
+static int pin_sg(struct coiommu_hook *hook, struct scatterlist *sgl, int nents)
+{
+	struct coiommu_pin pin;
+	struct scatterlist *sg;
+	int i;
+
+	coiommu_pin_begin(&pin, hook->endpoint);
+	for_each_sg(sgl, sg, nents, i)
+		coiommu_pin_add(&pin, first_gfn(hook, sg_dma_address(sg)),
+				nr_frames(sg_dma_address(sg), sg_dma_len(sg)));
+	return coiommu_pin_end(&pin);
+}
+
+static int track_sg(struct coiommu_hook *hook, struct scatterlist *sgl, int nents)
+{
+	struct scatterlist *sg;
+	bool ask = false;
+	u64 frames = 0;
+	int i, ret;
+
+	for_each_sg(sgl, sg, nents, i) {
+		dma_addr_t addr = sg_dma_address(sg);
+		u64 nr = nr_frames(addr, sg_dma_len(sg));
+
+		ret = coiommu_dtt_get(first_gfn(hook, addr), nr, &ask);
+		if (unlikely(ret))
+			goto failed;
+		frames += nr;
+	}
+	if (unlikely(ask)) {
+		ret = pin_sg(hook, sgl, nents);
+		if (ret)
+			goto failed;
+	}
+	coiommu_count(map);
+	coiommu_add(frames_mapped, frames);
+	return 0;
+failed:
+	put_sg(hook, sgl, i);
+	coiommu_count(map_failed);
+	return ret;
+}
+
+static dma_addr_t co_map_page(struct device *dev, struct page *page, unsigned long offset,
+			      size_t size, enum dma_data_direction dir, unsigned long attrs)
+{
+	struct coiommu_hook *hook = to_hook(dev);
+	dma_addr_t addr = dma_map_page_attrs(&hook->shadow, page, offset, size, dir, attrs);
+
+	if (unlikely(addr == DMA_MAPPING_ERROR)) {
+		coiommu_count(direct_failed);
+		coiommu_count(map_failed);
+		return DMA_MAPPING_ERROR;
+	}
+	if (unlikely(track(hook, addr, size))) {
+		dma_unmap_page_attrs(&hook->shadow, addr, size, dir,
+				     attrs | DMA_ATTR_SKIP_CPU_SYNC);
+		return DMA_MAPPING_ERROR;
+	}
+	if (device_sees(hook, addr) != page_to_phys(page) + offset)
+		coiommu_count(bounced);
+	return addr;
+}
+
+static void co_unmap_page(struct device *dev, dma_addr_t addr, size_t size,
+			  enum dma_data_direction dir, unsigned long attrs)
+{
+	struct coiommu_hook *hook = to_hook(dev);
+
+	untrack(hook, addr, size);
+	dma_unmap_page_attrs(&hook->shadow, addr, size, dir, attrs);
+}
+
+/*
+ * -ENOMEM for every refusal: by the contract of dma_map_sgtable() it is the one
+ * after which a caller tries again. Errors of dma-direct are passed on, because
+ * -EREMOTEIO must not be retried.
+ */
+static int co_map_sg(struct device *dev, struct scatterlist *sgl, int nents,
+		     enum dma_data_direction dir, unsigned long attrs)
+{
+	struct sg_table table = { .sgl = sgl, .orig_nents = nents };
+	struct coiommu_hook *hook = to_hook(dev);
+	struct scatterlist *sg;
+	int i, ret;
+
+	ret = dma_map_sgtable(&hook->shadow, &table, dir, attrs);
+	if (unlikely(ret)) {
+		coiommu_count(direct_failed);
+		coiommu_count(map_failed);
+		return ret;
+	}
+	if (unlikely(track_sg(hook, sgl, nents))) {
+		dma_unmap_sg_attrs(&hook->shadow, sgl, nents, dir, attrs | DMA_ATTR_SKIP_CPU_SYNC);
+		return -ENOMEM;
+	}
+	for_each_sg(sgl, sg, nents, i)
+		if (device_sees(hook, sg_dma_address(sg)) != sg_phys(sg))
+			coiommu_count(bounced);
+	return nents;
+}
+
+/*
+ * dma-direct never merges entries, and maps none by bus address because the
+ * shadow is no PCI device: so each of the @nents entries was counted.
+ */
+static void co_unmap_sg(struct device *dev, struct scatterlist *sgl, int nents,
+			enum dma_data_direction dir, unsigned long attrs)
+{
+	struct coiommu_hook *hook = to_hook(dev);
+	u64 done = put_sg(hook, sgl, nents);
+
+	coiommu_count(unmap);
+	coiommu_add(frames_unmapped, done);
+	dma_unmap_sg_attrs(&hook->shadow, sgl, nents, dir, attrs);
+}
+
+/* dma-direct allocates whole pages. */
+static int track_alloc(struct coiommu_hook *hook, dma_addr_t addr, size_t size)
+{
+	int ret = track(hook, addr, PAGE_ALIGN(size));
+
+	if (!ret)
+		coiommu_count(alloc);
+	return ret;
+}
+
+static void untrack_alloc(struct coiommu_hook *hook, dma_addr_t addr, size_t size)
+{
+	untrack(hook, addr, PAGE_ALIGN(size));
+	coiommu_count(free);
+}
+
+/* A copy, unlike dma_mask, and a driver may change it at any time. */
+static void refresh_coherent_mask(struct coiommu_hook *hook)
+{
+	hook->shadow.coherent_dma_mask = hook->dev->coherent_dma_mask;
+}
+
+static void *co_alloc(struct device *dev, size_t size, dma_addr_t *addr, gfp_t gfp,
+		      unsigned long attrs)
+{
+	struct coiommu_hook *hook = to_hook(dev);
+	void *cpu_addr;
+
+	refresh_coherent_mask(hook);
+	cpu_addr = dma_alloc_attrs(&hook->shadow, size, addr, gfp, attrs);
+	if (!cpu_addr) {
+		coiommu_count(direct_failed);
+		coiommu_count(map_failed);
+		return NULL;
+	}
+	if (track_alloc(hook, *addr, size)) {
+		dma_free_attrs(&hook->shadow, size, cpu_addr, *addr, attrs);
+		return NULL;
+	}
+	return cpu_addr;
+}
+
+static void co_free(struct device *dev, size_t size, void *cpu_addr, dma_addr_t addr,
+		    unsigned long attrs)
+{
+	struct coiommu_hook *hook = to_hook(dev);
+
+	untrack_alloc(hook, addr, size);
+	dma_free_attrs(&hook->shadow, size, cpu_addr, addr, attrs);
+}
+
+static struct page *co_alloc_pages(struct device *dev, size_t size, dma_addr_t *addr,
+				   enum dma_data_direction dir, gfp_t gfp)
+{
+	struct coiommu_hook *hook = to_hook(dev);
+	struct page *page;
+
+	refresh_coherent_mask(hook);
+	page = dma_alloc_pages(&hook->shadow, size, addr, dir, gfp);
+	if (!page) {
+		coiommu_count(direct_failed);
+		coiommu_count(map_failed);
+		return NULL;
+	}
+	if (track_alloc(hook, *addr, size)) {
+		dma_free_pages(&hook->shadow, size, page, *addr, dir);
+		return NULL;
+	}
+	return page;
+}
+
+static void co_free_pages(struct device *dev, size_t size, struct page *page, dma_addr_t addr,
+			  enum dma_data_direction dir)
+{
+	struct coiommu_hook *hook = to_hook(dev);
+
+	untrack_alloc(hook, addr, size);
+	dma_free_pages(&hook->shadow, size, page, addr, dir);
+}
+
+static void co_sync_single_for_cpu(struct device *dev, dma_addr_t addr, size_t size,
+				   enum dma_data_direction dir)
+{
+	coiommu_count(sync);
+	dma_sync_single_for_cpu(&to_hook(dev)->shadow, addr, size, dir);
+}
+
+static void co_sync_single_for_device(struct device *dev, dma_addr_t addr, size_t size,
+				      enum dma_data_direction dir)
+{
+	coiommu_count(sync);
+	dma_sync_single_for_device(&to_hook(dev)->shadow, addr, size, dir);
+}
+
+static void co_sync_sg_for_cpu(struct device *dev, struct scatterlist *sgl, int nents,
+			       enum dma_data_direction dir)
+{
+	coiommu_count(sync);
+	dma_sync_sg_for_cpu(&to_hook(dev)->shadow, sgl, nents, dir);
+}
+
+static void co_sync_sg_for_device(struct device *dev, struct scatterlist *sgl, int nents,
+				  enum dma_data_direction dir)
+{
+	coiommu_count(sync);
+	dma_sync_sg_for_device(&to_hook(dev)->shadow, sgl, nents, dir);
+}
+
+static int co_mmap(struct device *dev, struct vm_area_struct *vma, void *cpu_addr, dma_addr_t addr,
+		   size_t size, unsigned long attrs)
+{
+	return dma_mmap_attrs(&to_hook(dev)->shadow, vma, cpu_addr, addr, size, attrs);
+}
+
+static int co_get_sgtable(struct device *dev, struct sg_table *sgt, void *cpu_addr,
+			  dma_addr_t addr, size_t size, unsigned long attrs)
+{
+	return dma_get_sgtable_attrs(&to_hook(dev)->shadow, sgt, cpu_addr, addr, size, attrs);
+}
+
+/* MMIO of another device: no guest frame, nothing to pin. */
+static dma_addr_t co_map_resource(struct device *dev, phys_addr_t phys, size_t size,
+				  enum dma_data_direction dir, unsigned long attrs)
+{
+	coiommu_count(map_resource);
+	return dma_map_resource(&to_hook(dev)->shadow, phys, size, dir, attrs);
+}
+
+/* dma_direct_supported() by an exported name; the mask it leaves is refreshed before use. */
+static int co_dma_supported(struct device *dev, u64 mask)
+{
+	return !dma_set_coherent_mask(&to_hook(dev)->shadow, mask);
+}
+
+static u64 co_get_required_mask(struct device *dev)
+{
+	return dma_get_required_mask(&to_hook(dev)->shadow);
+}
+
+static size_t co_max_mapping_size(struct device *dev)
+{
+	return dma_max_mapping_size(&to_hook(dev)->shadow);
+}
+
+/*
+ * Unset on purpose: unmap_resource (nothing to undo), alloc_noncontiguous (the
+ * core falls back to alloc_pages), opt_mapping_size and get_merge_boundary
+ * (dma-direct has none), flags (no P2PDMA, which dma-direct would not count).
+ */
+const struct dma_map_ops coiommu_dma_ops = {
+	.alloc			= co_alloc,
+	.free			= co_free,
+	.alloc_pages		= co_alloc_pages,
+	.free_pages		= co_free_pages,
+	.mmap			= co_mmap,
+	.get_sgtable		= co_get_sgtable,
+	.map_page		= co_map_page,
+	.unmap_page		= co_unmap_page,
+	.map_sg			= co_map_sg,
+	.unmap_sg		= co_unmap_sg,
+	.map_resource		= co_map_resource,
+	.sync_single_for_cpu	= co_sync_single_for_cpu,
+	.sync_single_for_device	= co_sync_single_for_device,
+	.sync_sg_for_cpu	= co_sync_sg_for_cpu,
+	.sync_sg_for_device	= co_sync_sg_for_device,
+	.dma_supported		= co_dma_supported,
+	.get_required_mask	= co_get_required_mask,
+	.max_mapping_size	= co_max_mapping_size,
+};

@@ -1,0 +1,45 @@
+import { Command } from "commander";
+import type { Strategy } from "../control/backend.ts";
+import type { CompareResult, RunResult } from "../control/result.ts";
+import { run } from "../control/run.ts";
+import { ensureGuest } from "../machine/qemu/guest.ts";
+import { addMachineOptions, type MachineOptions, runOptions, STRATEGIES } from "./machine-options.ts";
+import { table, writeJson } from "./output.ts";
+import { Progress } from "./progress.ts";
+import { parseCount, parseListOf } from "./units.ts";
+
+interface CompareOptions extends MachineOptions {
+  readonly strategies: readonly Strategy[];
+  readonly rounds: number;
+}
+
+export const compareCommand = (): Command =>
+  addMachineOptions(
+    new Command("compare")
+      .description("The same workload under several strategies, alternating, in one run.")
+      .option("--strategies <list>", `of ${STRATEGIES.join(", ")}`, parseListOf(STRATEGIES), [...STRATEGIES])
+      .option("--rounds <n>", "how often each strategy runs; the table shows medians", parseCount(1, 100), 3),
+  ).action(async (options: CompareOptions) => {
+    const progress = new Progress();
+    try {
+      const guest = await ensureGuest(progress.step);
+      const runs: RunResult[] = [];
+      const total = options.rounds * options.strategies.length;
+      for (const strategy of alternating(options.strategies, options.rounds)) {
+        progress.prefix(`[${runs.length + 1}/${total}] ${strategy}: `);
+        runs.push(await run(runOptions(options, guest, strategy, progress.warn), progress.step));
+      }
+      progress.stop();
+      const result: CompareResult = { schema: "coiommu.compare/1", host: runs[0]!.host, runs };
+      if (options.json !== "-") process.stdout.write(`${table(runs)}\n`);
+      writeJson(options.json, result);
+    } finally {
+      progress.stop();
+    }
+  });
+
+/** Round by round, each beginning with another strategy, so that none always comes first on a machine that warms up. */
+function* alternating(strategies: readonly Strategy[], rounds: number): Generator<Strategy> {
+  for (let round = 0; round < rounds; round++)
+    for (let i = 0; i < strategies.length; i++) yield strategies[(round + i) % strategies.length]!;
+}

@@ -1,0 +1,69 @@
+import { existsSync, readdirSync } from "node:fs";
+import { Command } from "commander";
+import { blue, green, red } from "yoctocolors";
+import { IoUringPinner } from "../host/io-uring-pinner.ts";
+import { canExceedMemlock, memlockLimit } from "../host/limits.ts";
+import { type Check, diagnose } from "../machine/qemu/doctor.ts";
+import { writeJson } from "./output.ts";
+
+export const doctorCommand = (): Command =>
+  new Command("doctor")
+    .description("What this machine can do: one line each, with the fix.")
+    .option("--json <file>", "write the result as JSON, to a file or to - (standard output)")
+    .action(async (options: { json?: string }) => {
+      const checks = [...(await diagnose()), ioUring(), memlock(), ...optionalParts()];
+      const width = Math.max(...checks.map((c) => c.name.length));
+      if (options.json !== "-")
+        for (const { name, ok, detail, fix } of checks) {
+          const mark = ok ? green("ok     ") : fix === null ? blue("without") : red("missing");
+          process.stdout.write(
+            `${mark} ${name.padEnd(width)}  ${detail}${fix === null ? "" : `; fix: ${fix}`}\n`,
+          );
+        }
+      writeJson(options.json, { schema: "coiommu.doctor/1", checks });
+      if (checks.some((c) => !c.ok && c.fix !== null)) process.exitCode = 1;
+    });
+
+function ioUring(): Check {
+  const reason = IoUringPinner.unavailable();
+  const fix = "allow io_uring (sysctl kernel.io_uring_disabled=0, or the container's seccomp profile)";
+  return reason === undefined
+    ? { name: "io_uring", ok: true, detail: "pins guest memory (registered buffers)", fix: null }
+    : { name: "io_uring", ok: false, detail: reason, fix };
+}
+
+/** Enough for the firmware window and the buffers of a small guest. */
+const MEMLOCK_MIN = 64 * 2 ** 20;
+
+function memlock(): Check {
+  const limit = memlockLimit();
+  if (canExceedMemlock()) return { name: "memlock", ok: true, detail: "no limit (CAP_IPC_LOCK)", fix: null };
+  const detail = Number.isFinite(limit) ? `${Math.floor(limit / 1024)} KiB may be pinned` : "no limit";
+  return limit >= MEMLOCK_MIN
+    ? { name: "memlock", ok: true, detail, fix: null }
+    : {
+        name: "memlock",
+        ok: false,
+        detail,
+        fix: "ulimit -l unlimited (limits.conf, or LimitMEMLOCK= of a service)",
+      };
+}
+
+/** Not used yet, and no reason to fail. */
+function optionalParts(): Check[] {
+  const groups = existsSync("/dev/vfio") ? readdirSync("/dev/vfio").filter((name) => /^\d+$/.test(name)) : [];
+  return [
+    {
+      name: "VFIO",
+      ok: groups.length > 0,
+      detail: groups.length > 0 ? `groups ${groups.join(", ")}` : "no device is bound to vfio-pci",
+      fix: null,
+    },
+    {
+      name: "iommufd",
+      ok: existsSync("/dev/iommu"),
+      detail: existsSync("/dev/iommu") ? "/dev/iommu" : "this kernel has no /dev/iommu",
+      fix: null,
+    },
+  ];
+}

@@ -1,0 +1,42 @@
+import { Command, CommanderError } from "commander";
+import { CoiommuError, UserError } from "../base/errors.ts";
+import { closeAll } from "../control/run.ts";
+import { compareCommand } from "./compare.ts";
+import { doctorCommand } from "./doctor.ts";
+import { policiesCommand } from "./policies.ts";
+import { runCommand } from "./run.ts";
+
+const program = new Command("coiommu")
+  .description("A virtual IOMMU that tracks a guest's DMA buffers cooperatively: pin only what devices use.")
+  .showHelpAfterError("(coiommu --help, or coiommu COMMAND --help, shows what is accepted)")
+  .exitOverride();
+for (const command of [doctorCommand(), runCommand(), compareCommand(), policiesCommand()])
+  program.addCommand(command.exitOverride());
+
+/** Ctrl-C and friends end the VMs under way, in order. */
+for (const [signal, code] of [
+  ["SIGINT", 130],
+  ["SIGTERM", 143],
+  ["SIGHUP", 129],
+] as const)
+  process.once(signal, () => {
+    process.stderr.write(`\ncoiommu: ${signal}: ending the guest\n`);
+    void closeAll().then(() => process.exit(code));
+  });
+
+try {
+  await program.parseAsync();
+} catch (error) {
+  process.exitCode = report(error);
+}
+
+function report(error: unknown): number {
+  // Commander has said it already; help and version are no errors.
+  if (error instanceof CommanderError) return error.exitCode === 0 ? 0 : 2;
+  if (error instanceof CoiommuError) {
+    process.stderr.write(`coiommu: ${error.message}\n`);
+    return error instanceof UserError ? error.exitCode : 1;
+  }
+  process.stderr.write(`coiommu: internal error, please report it: ${(error as Error)?.stack ?? error}\n`);
+  return 1;
+}

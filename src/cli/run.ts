@@ -1,0 +1,32 @@
+import { Command } from "commander";
+import type { Strategy } from "../control/backend.ts";
+import { run } from "../control/run.ts";
+import { ensureGuest } from "../machine/qemu/guest.ts";
+import { addMachineOptions, type MachineOptions, runOptions, STRATEGIES } from "./machine-options.ts";
+import { table, writeJson } from "./output.ts";
+import { Progress } from "./progress.ts";
+import { parseOneOf } from "./units.ts";
+
+export const runCommand = (): Command =>
+  addMachineOptions(
+    new Command("run")
+      .description("One guest, one strategy, one workload; a summary at the end.")
+      .option(
+        "--strategy <name>",
+        `what is pinned, and when: ${STRATEGIES.join(", ")}`,
+        parseOneOf(STRATEGIES),
+        "coiommu",
+      ),
+  ).action(async (options: MachineOptions & { strategy: Strategy }) => {
+    const progress = new Progress();
+    try {
+      const guest = await ensureGuest(progress.step);
+      const settings = runOptions(options, guest, options.strategy, progress.warn);
+      const result = await run(settings, settings.shell ? () => progress.stop() : progress.step);
+      progress.stop();
+      if (options.json !== "-") process.stdout.write(`${table([result])}\n`);
+      writeJson(options.json, result);
+    } finally {
+      progress.stop();
+    }
+  });

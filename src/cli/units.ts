@@ -1,0 +1,77 @@
+import { InvalidArgumentError } from "commander";
+import { FRAME_SIZE, milliseconds, type Nanoseconds } from "../base/units.ts";
+
+/** Values as people write them. Each throws what commander prints after the flag's name: the accepted form. */
+
+const SIZE_UNITS: Readonly<Record<string, number>> = {
+  "": 1,
+  K: 2 ** 10,
+  M: 2 ** 20,
+  G: 2 ** 30,
+  T: 2 ** 40,
+};
+
+/** "512M", "2G" -> MiB. */
+export function parseMemoryMiB(text: string): number {
+  const match = /^(\d+(?:\.\d+)?)([KMGT])(?:i?B)?$/i.exec(text);
+  const mib = match ? (Number(match[1]) * SIZE_UNITS[match[2]!.toUpperCase()]!) / 2 ** 20 : Number.NaN;
+  if (!Number.isInteger(mib) || mib < 128 || mib > 2 ** 20)
+    throw new InvalidArgumentError("It takes a size from 128M to 1T in whole MiB, such as 512M or 2G.");
+  return mib;
+}
+
+export const parseCount =
+  (min: number, max: number) =>
+  (text: string): number => {
+    const n = /^\d+$/.test(text) ? Number(text) : Number.NaN;
+    if (!(n >= min && n <= max))
+      throw new InvalidArgumentError(`It takes a whole number from ${min} to ${max}.`);
+    return n;
+  };
+
+/** "1s", "500ms". */
+export function parseInterval(text: string): Nanoseconds {
+  const match = /^(\d+(?:\.\d+)?)(ms|s)$/.exec(text);
+  const ms = match ? Number(match[1]) * (match[2] === "s" ? 1000 : 1) : Number.NaN;
+  if (!(ms >= 10 && ms <= 3_600_000))
+    throw new InvalidArgumentError("It takes a time from 10ms to 3600s, such as 1s or 500ms.");
+  return milliseconds(ms);
+}
+
+/** "10%" or a number of frames. */
+export type Quota = { readonly percent: number } | { readonly frames: number };
+
+export function parseQuota(text: string): Quota {
+  const match = /^(\d+(?:\.\d+)?)(%?)$/.exec(text);
+  const n = match ? Number(match[1]) : Number.NaN;
+  const valid = match?.[2] === "%" ? n > 0 && n <= 100 : Number.isInteger(n) && n > 0;
+  if (!valid)
+    throw new InvalidArgumentError(
+      "It takes a share of guest memory such as 10%, or a number of 4 KiB frames.",
+    );
+  return match![2] === "%" ? { percent: n } : { frames: n };
+}
+
+/** In frames; Infinity without a quota. */
+export const quotaFrames = (quota: Quota | undefined, memoryMiB: number): number =>
+  quota === undefined
+    ? Number.POSITIVE_INFINITY
+    : "frames" in quota
+      ? quota.frames
+      : Math.floor((memoryMiB * 2 ** 20 * quota.percent) / 100 / FRAME_SIZE);
+
+export const parseOneOf =
+  <T extends string>(values: readonly T[]) =>
+  (text: string): T => {
+    if (!values.includes(text as T)) throw new InvalidArgumentError(`It takes one of ${values.join(", ")}.`);
+    return text as T;
+  };
+
+/** "none,static": a list without repetition. */
+export const parseListOf =
+  <T extends string>(values: readonly T[]) =>
+  (text: string): T[] => {
+    const list = text.split(",").map(parseOneOf(values));
+    if (new Set(list).size !== list.length) throw new InvalidArgumentError("It names something twice.");
+    return list;
+  };

@@ -1,0 +1,85 @@
+import { PeerGone } from "../base/errors.ts";
+import type { DiskCounters } from "../device/block.ts";
+import { type BlockStore, FileStore, MemoryStore } from "../device/block-store.ts";
+import { type Disk, serveDisk } from "../device/disk.ts";
+import { drainFd, signalFd } from "../host/eventfd.ts";
+import { closeFd } from "../host/libc.ts";
+import { FdMapper } from "../host/mapping.ts";
+import { Reactor } from "../host/reactor.ts";
+import { UnixSocket } from "../host/socket.ts";
+import { counters } from "../memory/counters.ts";
+import { DeviceGate } from "../tracking/software-iommu.ts";
+import { CommandServer, type WorkerBase } from "./commands.ts";
+
+export const DISK_COUNTERS = [
+  "transfers",
+  "bytes",
+  "requests",
+  "faults",
+  "errors",
+] as const satisfies readonly (keyof DiskCounters)[];
+
+/** The assigned disk's backing: a raw image, or memory of `sizeMiB`. */
+export interface DiskOptions {
+  readonly file?: string;
+  readonly sizeMiB: number;
+}
+
+export interface DiskData {
+  /** Our end of the vhost-user socket pair. */
+  readonly socketFd: number;
+  readonly touchFd: number;
+  readonly iommu: SharedArrayBuffer;
+  readonly counters: SharedArrayBuffer;
+  readonly disk: DiskOptions;
+}
+
+/** The assigned disk's thread: serves vhost-user; every DMA goes through the software IOMMU. */
+export class DiskThread {
+  readonly #data: DiskData;
+  readonly #reactor = new Reactor();
+  readonly #commands: CommandServer;
+  #store: BlockStore | undefined;
+  #disk: Disk | undefined;
+  #stopping = false;
+
+  constructor(data: DiskData & WorkerBase) {
+    this.#data = data;
+    this.#commands = new CommandServer(data, { drain: () => drainFd(data.wakeFd) }, this.#reactor, {
+      open: () => this.#open(),
+      stop: () => this.#stop(),
+    });
+  }
+
+  run(): void {
+    while (!this.#stopping) this.#reactor.run(-1);
+  }
+
+  /** Throws UserError when the image cannot be used. */
+  #open(): void {
+    const { socketFd, touchFd, iommu, disk } = this.#data;
+    this.#store =
+      disk.file === undefined ? new MemoryStore((disk.sizeMiB * 2 ** 20) / 512) : new FileStore(disk.file);
+    this.#disk = serveDisk({
+      ports: {
+        socket: new UnixSocket(socketFd),
+        loop: this.#reactor,
+        mapper: new FdMapper(),
+        fds: { signal: signalFd, drain: drainFd, close: closeFd },
+      },
+      store: this.#store,
+      gate: new DeviceGate(iommu, 0, () => signalFd(touchFd)),
+      counters: counters(DISK_COUNTERS, this.#data.counters),
+      onClose: (error) => {
+        if (error && !(error instanceof PeerGone)) this.#commands.tell("broken", error.message);
+      },
+    });
+  }
+
+  #stop(): void {
+    this.#stopping = true;
+    this.#disk?.close();
+    if (!this.#disk) closeFd(this.#data.socketFd);
+    this.#store?.close();
+  }
+}

@@ -1,0 +1,92 @@
+import os from "node:os";
+import type { Strategy } from "./backend.ts";
+
+/** `coiommu run --json`: one object per run. A field that a strategy does not have is null, never 0. */
+export interface RunResult {
+  readonly schema: "coiommu.run/1";
+  readonly host: {
+    readonly cpus: number;
+    readonly memoryMiB: number;
+    readonly kernel: string;
+    readonly node: string;
+    readonly qemu: string;
+    readonly accel: string;
+  };
+  readonly guest: {
+    readonly machine: "qemu";
+    readonly memoryMiB: number;
+    readonly cpus: number;
+    readonly kernel: string;
+  };
+  readonly strategy: Strategy;
+  readonly policy: string | null;
+  readonly policyParameters: Readonly<Record<string, number | string>> | null;
+  readonly pinner: string | null;
+  readonly seed: null;
+  readonly creation: {
+    readonly pinMs: number;
+    readonly toFirstInstructionMs: number;
+    readonly toUserspaceMs: number;
+  };
+  readonly workload: WorkloadResult;
+  /** Counted by the guest driver. */
+  readonly maps: {
+    readonly map: number | null;
+    readonly unmap: number | null;
+    readonly framesMapped: number | null;
+    readonly framesUnmapped: number | null;
+    readonly liveAtEnd: number | null;
+  };
+  /** What the workload asked for after its first second: the steady state. Null without a guest driver. */
+  readonly steady: { readonly maps: number; readonly pinRequests: number } | null;
+  readonly pins: {
+    readonly requests: number | null;
+    readonly refused: number | null;
+    readonly framesPinned: number;
+    readonly framesUnpinned: number;
+    /** Pinned because firmware or a device touched them before the guest's driver was active. */
+    readonly framesFirmware: number | null;
+    readonly framesSpeculative: null;
+    readonly framesPeak: number;
+    readonly framesMean: number;
+    readonly framesAtEnd: number;
+    readonly quotaFrames: number | null;
+  };
+  readonly kernel: { readonly pinnedPagesPeak: number | null; readonly source: "VmPin" | "VmLck" | "none" };
+  /** Counted by the assigned disk. */
+  readonly dma: { readonly transfers: number; readonly bytes: number; readonly faults: number };
+  /** `mapped` is what the last unpin pass saw; null without one. */
+  readonly samples: readonly {
+    readonly ms: number;
+    readonly pinned: number;
+    readonly mapped: number | null;
+    readonly requests: number | null;
+  }[];
+}
+
+export interface WorkloadResult {
+  readonly name: string;
+  readonly options: Readonly<Record<string, string | number>>;
+  readonly ops: number | null;
+  readonly iops: number | null;
+  readonly bytesPerSecond: number | null;
+  readonly latencyUs: { readonly p50: number; readonly p99: number } | null;
+  /** Whether written data was read back and compared; null when nothing was written. */
+  readonly verified: boolean | null;
+  readonly errors: number;
+}
+
+export interface CompareResult {
+  readonly schema: "coiommu.compare/1";
+  readonly host: RunResult["host"];
+  readonly runs: readonly RunResult[];
+}
+
+export const describeHost = (qemu: string, accel: string): RunResult["host"] => ({
+  cpus: os.cpus().length,
+  memoryMiB: Math.round(os.totalmem() / 2 ** 20),
+  kernel: os.release(),
+  node: process.versions.node,
+  qemu,
+  accel,
+});

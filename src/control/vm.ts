@@ -1,0 +1,194 @@
+import { UserError } from "../base/errors.ts";
+import { type Bdf, FRAME_SIZE, type Nanoseconds, parseBdf } from "../base/units.ts";
+import type { DiskCounters } from "../device/block.ts";
+import { EventFd } from "../host/eventfd.ts";
+import { closeFd } from "../host/libc.ts";
+import { socketPair } from "../host/socket.ts";
+import type { Guest } from "../machine/qemu/guest.ts";
+import { type Qemu, type QemuDevice, startQemu } from "../machine/qemu/qemu.ts";
+import { counters, countersBuffer } from "../memory/counters.ts";
+import { createIommuBuffer } from "../tracking/software-iommu.ts";
+import { TRACKING_COUNTERS, type TrackingCounters } from "../tracking/tracker.ts";
+import type { BackendData, PinnerName, Started, Stopped, Strategy } from "./backend.ts";
+import { type WorkerEvent, WorkerHost } from "./commands.ts";
+import { DISK_COUNTERS, type DiskData, type DiskOptions } from "./disk.ts";
+
+/** Our virtio-iommu comes before what it tracks, so that its driver is active when theirs bind. */
+const IOMMU_SLOT = 3;
+const DISK_SLOT = 4;
+export const DISK_BDF = parseBdf("00:04.0") as Bdf;
+/** RAM above the PCI hole starts at 4 GiB, so GFNs reach at most this far beyond the RAM's size. */
+const PCI_HOLE_FRAMES = 2 ** 32 / FRAME_SIZE;
+
+export interface VmOptions {
+  readonly guest: Guest;
+  readonly memoryMiB: number;
+  readonly cpus: number;
+  readonly accel: "auto" | "tcg" | "kvm";
+  readonly strategy: Strategy;
+  readonly policy: string;
+  readonly interval: Nanoseconds;
+  readonly quota: number;
+  readonly pinner: PinnerName;
+  readonly disk: DiskOptions;
+  /** The guest's console is this process's terminal. */
+  readonly shell?: boolean;
+  readonly onWarning?: (text: string) => void;
+  /** The backend's entry; tests of the checkers put a broken one here. */
+  readonly backendEntry?: URL;
+}
+
+/** What was left when everything had ended. */
+export interface VmEnd {
+  readonly backend: Stopped;
+}
+
+/** This module's neighbour, as source or as built. */
+const entry = (name: string) =>
+  new URL(`./${name}${import.meta.url.endsWith(".ts") ? ".ts" : ".js"}`, import.meta.url);
+
+/**
+ * A QEMU with our virtio-iommu and our assigned disk, the threads that serve them, and what they count. Started with
+ * the guest paused: `resume()` lets it run.
+ */
+export class Vm {
+  readonly qemu: Qemu;
+  readonly pins: TrackingCounters;
+  readonly disk: DiskCounters;
+  readonly started: Started;
+  /** Rejects when a part of the VM fails that should run until close(). */
+  readonly failed: Promise<never>;
+  readonly #parts: Parts;
+  #closing: Promise<VmEnd> | undefined;
+
+  private constructor(qemu: Qemu, started: Started, parts: Parts) {
+    this.qemu = qemu;
+    this.started = started;
+    this.#parts = parts;
+    this.pins = parts.pins;
+    this.disk = parts.disk;
+    this.failed = parts.failed.promise;
+  }
+
+  /** Throws UserError when a part cannot start; then nothing is left behind. */
+  static async start(options: VmOptions): Promise<Vm> {
+    const parts = new Parts(options);
+    let qemu: Qemu | undefined;
+    try {
+      await parts.diskWorker.request("open");
+      qemu = await startQemu({
+        kernel: options.guest.kernel,
+        initrd: options.guest.initrd,
+        memoryMiB: options.memoryMiB,
+        cpus: options.cpus,
+        accel: options.accel,
+        devices: parts.takeDevices(),
+        ...(options.shell && { shell: true }),
+      });
+      const started = await parts.backendWorker.request<Started>("started");
+      if (started.ramBytes < options.memoryMiB * 2 ** 20 * 0.9)
+        throw new UserError(`QEMU shares ${started.ramBytes} bytes of RAM, not ${options.memoryMiB} MiB`, 1);
+      return new Vm(qemu, started, parts);
+    } catch (error) {
+      await qemu?.close();
+      await parts.close().catch(() => {});
+      throw error;
+    }
+  }
+
+  resume(): Promise<void> {
+    return this.qemu.resume();
+  }
+
+  /** End QEMU and the threads; idempotent. */
+  close(): Promise<VmEnd> {
+    this.#closing ??= (async () => {
+      await this.qemu.close();
+      return await this.#parts.close();
+    })();
+    return this.#closing;
+  }
+}
+
+/** Threads, shared memory and sockets of one VM, from before QEMU starts until after it has ended. */
+class Parts {
+  readonly pins: TrackingCounters;
+  readonly disk: DiskCounters;
+  readonly backendWorker: WorkerHost;
+  readonly diskWorker: WorkerHost;
+  readonly failed = Promise.withResolvers<never>();
+  readonly #touch = EventFd.create();
+  #devices: QemuDevice[];
+  #closing = false;
+
+  constructor(options: VmOptions) {
+    const [iommuFd, qemuIommuFd] = socketPair();
+    const [diskFd, qemuDiskFd] = socketPair();
+    this.#devices = [
+      {
+        fds: [qemuIommuFd],
+        arguments: ([fd]) => ["-device", `x-pci-proxy-dev,id=coiommu,fd=${fd},addr=${IOMMU_SLOT}`],
+      },
+      {
+        fds: [qemuDiskFd],
+        arguments: ([fd]) => [
+          ...["-chardev", `socket,id=disk,fd=${fd}`],
+          "-device",
+          `vhost-user-blk-pci,chardev=disk,num-queues=1,queue-size=128,iommu_platform=on,disable-legacy=on,addr=${DISK_SLOT}`,
+        ],
+      },
+    ];
+    const iommu = createIommuBuffer((options.memoryMiB * 2 ** 20) / FRAME_SIZE + PCI_HOLE_FRAMES);
+    const pins = countersBuffer(TRACKING_COUNTERS);
+    const disk = countersBuffer(DISK_COUNTERS);
+    this.pins = counters(TRACKING_COUNTERS, pins);
+    this.disk = counters(DISK_COUNTERS, disk);
+    const { strategy, pinner, policy, interval, quota } = options;
+    const touchFd = this.#touch.fd;
+    const onEvent = (event: WorkerEvent) => this.#hear(event, options.onWarning ?? (() => {}));
+    this.backendWorker = new WorkerHost(
+      options.backendEntry ?? entry("backend-worker"),
+      {
+        ...{ socketFd: iommuFd, touchFd, iommu, counters: pins, assigned: [DISK_BDF] },
+        ...{ strategy, pinner, policy, interval, quota },
+      } satisfies BackendData,
+      onEvent,
+    );
+    this.diskWorker = new WorkerHost(
+      entry("disk-worker"),
+      { socketFd: diskFd, touchFd, iommu, counters: disk, disk: options.disk } satisfies DiskData,
+      onEvent,
+    );
+    this.failed.promise.catch(() => {});
+    for (const worker of [this.backendWorker, this.diskWorker])
+      void worker.ended.then((error) => {
+        if (error) this.failed.reject(error);
+      });
+  }
+
+  /** QEMU's ends of the sockets go with the devices. */
+  takeDevices(): QemuDevice[] {
+    const devices = this.#devices;
+    this.#devices = [];
+    return devices;
+  }
+
+  /** Stop the threads: the disk first, because its DMA relies on the pins. */
+  async close(): Promise<VmEnd> {
+    this.#closing = true;
+    for (const { fds } of this.#devices) fds.forEach(closeFd);
+    this.#devices = [];
+    await this.diskWorker.request("stop").catch(() => {});
+    await this.diskWorker.ended;
+    const stopped = this.backendWorker.request<Stopped>("stop");
+    await Promise.allSettled([stopped, this.backendWorker.ended]);
+    this.#touch.close();
+    return { backend: await stopped };
+  }
+
+  #hear({ kind, message }: WorkerEvent, warn: (text: string) => void): void {
+    if (this.#closing || kind === "peer-gone") return; // QEMU's end is told by QEMU's exit
+    if (kind === "warning") warn(message);
+    else this.failed.reject(new UserError(`QEMU broke the protocol: ${message}`, 1));
+  }
+}

@@ -1,0 +1,230 @@
+import assert from "node:assert/strict";
+import test from "node:test";
+import type { HostError, PeerError } from "../base/errors.ts";
+import type { DmaGate } from "../memory/gated-memory.ts";
+import * as wire from "../wire/vhost-user.ts";
+import { MemoryStore } from "./block-store.ts";
+import { serveDisk } from "./disk.ts";
+import { FrontEnd, USER_ADDRESS } from "./front-end.ts";
+
+const open: DmaGate = { enter() {}, leave() {}, allows: () => true, request: () => false };
+const hex = (text: string) => new Uint8Array(Buffer.from(text.replaceAll(/\s/g, ""), "hex"));
+
+function setUp() {
+  const frontEnd = new FrontEnd();
+  const counters = { transfers: 0, bytes: 0, faults: 0, errors: 0, requests: 0 };
+  const ended: (PeerError | HostError | undefined)[] = [];
+  const disk = serveDisk({
+    ports: frontEnd.ports,
+    store: new MemoryStore(2048),
+    gate: open,
+    counters,
+    onClose: (error) => ended.push(error),
+  });
+  return { frontEnd, disk, counters, ended };
+}
+
+const state = (index: number, num = 0) => wire.VringState.encode({ index, num });
+const u64 = (value: bigint) => wire.VhostUserU64.encode({ value });
+
+test("golden negotiation: features, protocol features, queues, configuration", () => {
+  const { frontEnd } = setUp();
+  for (const [request, reply] of [
+    // GET_FEATURES: ACCESS_PLATFORM, VERSION_1, protocol features, INDIRECT_DESC, FLUSH, BLK_SIZE, SEG_MAX
+    ["01000000 01000000 00000000", "01000000 05000000 08000000 4402005003000000"],
+    // GET_PROTOCOL_FEATURES: CONFIG, BACKEND_REQ, REPLY_ACK, MQ
+    ["0f000000 01000000 00000000", "0f000000 05000000 08000000 2902000000000000"],
+    ["10000000 01000000 08000000 2902000000000000", undefined],
+    // SET_OWNER with need_reply
+    ["03000000 09000000 00000000", "03000000 05000000 08000000 0000000000000000"],
+    // GET_QUEUE_NUM
+    ["11000000 01000000 00000000", "11000000 05000000 08000000 0100000000000000"],
+    // GET_CONFIG of 36 bytes: capacity 2048, size_max 0, seg_max 126, geometry 0, blk_size 512, zeros
+    [
+      `18000000 01000000 30000000 000000002400000000000000 ${"00".repeat(36)}`,
+      `18000000 05000000 30000000 000000002400000000000000
+       0008000000000000 00000000 7e000000 00000000 00020000 ${"00".repeat(12)}`,
+    ],
+    // GET_CONFIG of the last byte of the 256, then beyond: a reply without payload
+    [
+      `18000000 01000000 0d000000 ff0000000100000000000000 00`,
+      `18000000 05000000 0d000000 ff0000000100000000000000 00`,
+    ],
+    [`18000000 01000000 0d000000 000100000100000000000000 00`, "18000000 05000000 00000000"],
+    // SET_CONFIG is refused
+    [`19000000 09000000 0d000000 000000000100000000000000 00`, "19000000 05000000 08000000 0100000000000000"],
+  ] as const)
+    assert.deepEqual(frontEnd.raw(hex(request)), reply && hex(reply), request);
+});
+
+test("refused and answered, and nothing changes", () => {
+  const { frontEnd, disk } = setUp();
+  frontEnd.negotiate();
+  const before = disk.session.refused;
+  const region = { gpa: 0, size: 4096, userAddress: USER_ADDRESS, mmapOffset: 0 };
+  const address = (at: number) => wire.VringAddr.encode({ descriptor: at, available: at, used: at });
+  const refusals: [string, () => boolean][] = [
+    ["unknown request", () => frontEnd.acknowledged(99, hex("0102"))],
+    ["short payload", () => frontEnd.acknowledged(wire.VHOST_USER_SET_VRING_NUM, hex("00000000"))],
+    ["long payload", () => frontEnd.acknowledged(wire.VHOST_USER_SET_OWNER, hex("00"))],
+    ["unknown ring", () => frontEnd.acknowledged(wire.VHOST_USER_SET_VRING_NUM, state(1, 16))],
+    ["huge ring index", () => frontEnd.acknowledged(wire.VHOST_USER_SET_VRING_ENABLE, state(2 ** 32 - 1, 1))],
+    ["ring size 0", () => frontEnd.acknowledged(wire.VHOST_USER_SET_VRING_NUM, state(0, 0))],
+    ["ring size 24", () => frontEnd.acknowledged(wire.VHOST_USER_SET_VRING_NUM, state(0, 24))],
+    ["ring size 2^31", () => frontEnd.acknowledged(wire.VHOST_USER_SET_VRING_NUM, state(0, 2 ** 31))],
+    ["ring base 2^16", () => frontEnd.acknowledged(wire.VHOST_USER_SET_VRING_BASE, state(0, 65536))],
+    [
+      "ring outside RAM",
+      () => {
+        frontEnd.acknowledged(wire.VHOST_USER_SET_VRING_NUM, state(0, 16));
+        return frontEnd.acknowledged(wire.VHOST_USER_SET_VRING_ADDR, address(USER_ADDRESS + 2 ** 20));
+      },
+    ],
+    [
+      "ring beyond the end",
+      () => frontEnd.acknowledged(wire.VHOST_USER_SET_VRING_ADDR, address(USER_ADDRESS + 2 ** 20 - 64)),
+    ],
+    [
+      "ring at 2^64 - 1",
+      () => frontEnd.acknowledged(wire.VHOST_USER_SET_VRING_ADDR, new Uint8Array(40).fill(0xff, 8)),
+    ],
+    [
+      "misaligned ring",
+      () => frontEnd.acknowledged(wire.VHOST_USER_SET_VRING_ADDR, address(USER_ADDRESS + 1)),
+    ],
+    ["9 regions", () => frontEnd.memoryTable(new Array(9).fill(region))],
+    ["overlapping regions", () => frontEnd.memoryTable([region, { ...region, mmapOffset: 4096 }])],
+    ["region beyond its file", () => frontEnd.memoryTable([{ ...region, mmapOffset: 2 ** 20 }])],
+    ["region of half a frame", () => frontEnd.memoryTable([{ ...region, size: 2048 }])],
+    ["region of nothing", () => frontEnd.memoryTable([{ ...region, size: 0 }])],
+    ["region beyond 2^52", () => frontEnd.memoryTable([{ ...region, gpa: 2 ** 52 }])],
+    [
+      "region without fd",
+      () =>
+        frontEnd.acknowledged(wire.VHOST_USER_SET_MEM_TABLE, wire.MemoryTableHead.encode({ count: 1 }, 32)),
+    ],
+    [
+      "count that belies the size",
+      () =>
+        frontEnd.acknowledged(wire.VHOST_USER_SET_MEM_TABLE, wire.MemoryTableHead.encode({ count: 2 }, 32)),
+    ],
+    [
+      "memory table of 3 bytes",
+      () => frontEnd.acknowledged(wire.VHOST_USER_SET_MEM_TABLE, new Uint8Array(3), [frontEnd.newFd()]),
+    ],
+    ["kick without fd", () => frontEnd.acknowledged(wire.VHOST_USER_SET_VRING_KICK, u64(0x100n))],
+    ["kick that lacks its fd", () => frontEnd.acknowledged(wire.VHOST_USER_SET_VRING_KICK, u64(0n))],
+    [
+      "call with an fd that it denies",
+      () => frontEnd.acknowledged(wire.VHOST_USER_SET_VRING_CALL, u64(0x100n), [frontEnd.newFd()]),
+    ],
+    [
+      "call for an unknown ring",
+      () => frontEnd.acknowledged(wire.VHOST_USER_SET_VRING_CALL, u64(7n), [frontEnd.newFd()]),
+    ],
+    [
+      "fds that nobody asked for",
+      () => frontEnd.acknowledged(99, undefined, [frontEnd.newFd(), frontEnd.newFd()]),
+    ],
+  ];
+  for (const [name, attempt] of refusals) assert.equal(attempt(), false, name);
+  assert.equal(disk.session.refused - before, refusals.length);
+  assert.deepEqual([...frontEnd.open], []);
+  // Without need_reply there is no answer at all.
+  assert.equal(frontEnd.send(99), undefined);
+  // The table from before is still in force.
+  assert.ok(frontEnd.acknowledged(wire.VHOST_USER_SET_VRING_ADDR, address(USER_ADDRESS)));
+});
+
+test("what cannot be answered or survived ends the session, and every fd is closed", () => {
+  const endings: [string, (frontEnd: FrontEnd) => void, string | undefined][] = [
+    ["QEMU leaves", (f) => f.raw(new Uint8Array(0)), undefined],
+    ["half a header", (f) => f.raw(hex("010000")), undefined],
+    ["huge size", (f) => f.raw(hex("05000000 01000000 ffffffff")), "ERR_COIOMMU_PROTOCOL"],
+    ["wrong version", (f) => f.raw(hex("01000000 02000000 00000000")), "ERR_COIOMMU_PROTOCOL"],
+    ["a reply", (f) => f.raw(hex("01000000 05000000 00000000")), "ERR_COIOMMU_PROTOCOL"],
+    [
+      "features that were not offered",
+      (f) => f.u64(wire.VHOST_USER_SET_FEATURES, 1n),
+      "ERR_COIOMMU_PROTOCOL",
+    ],
+    ["a vIOMMU of QEMU's", (f) => f.u64(wire.VHOST_USER_SET_FEATURES, 1n << 33n), "ERR_COIOMMU_PROTOCOL"],
+    [
+      "base of an unknown ring",
+      (f) => f.send(wire.VHOST_USER_GET_VRING_BASE, state(3)),
+      "ERR_COIOMMU_PROTOCOL",
+    ],
+  ];
+  for (const [name, end, code] of endings) {
+    const { frontEnd, ended } = setUp();
+    frontEnd.negotiate();
+    frontEnd.startRing();
+    frontEnd.acknowledged(wire.VHOST_USER_SET_VRING_ERR, u64(0n), [frontEnd.newFd()]);
+    frontEnd.send(wire.VHOST_USER_SET_BACKEND_REQ_FD, undefined, [frontEnd.newFd()]);
+    assert.equal(frontEnd.open.size, 4);
+    end(frontEnd);
+    assert.deepEqual(
+      ended.map((error) => error?.code),
+      [code],
+      name,
+    );
+    assert.ok(frontEnd.closed, name);
+    assert.deepEqual([...frontEnd.open], [], name);
+  }
+});
+
+test("a new fd replaces the old one, which is closed; no fd at all is fine for call and err", () => {
+  const { frontEnd } = setUp();
+  frontEnd.negotiate();
+  const { kickFd, callFd } = frontEnd.startRing();
+  const [kick, call, err] = [frontEnd.newFd(), frontEnd.newFd(), frontEnd.newFd()];
+  assert.ok(frontEnd.acknowledged(wire.VHOST_USER_SET_VRING_KICK, u64(0n), [kick]));
+  assert.ok(frontEnd.acknowledged(wire.VHOST_USER_SET_VRING_CALL, u64(0n), [call]));
+  assert.ok(frontEnd.acknowledged(wire.VHOST_USER_SET_VRING_ERR, u64(0n), [err]));
+  assert.deepEqual([...frontEnd.open], [kick, call, err]);
+  assert.ok(!frontEnd.open.has(kickFd) && !frontEnd.open.has(callFd));
+  assert.ok(frontEnd.acknowledged(wire.VHOST_USER_SET_VRING_CALL, u64(0x100n)));
+  assert.ok(frontEnd.acknowledged(wire.VHOST_USER_SET_VRING_ERR, u64(0x100n)));
+  assert.deepEqual([...frontEnd.open], [kick]);
+});
+
+test("a ring is served from its first kick on, while it is enabled, until its base is asked for", () => {
+  const { frontEnd, counters } = setUp();
+  frontEnd.negotiate();
+  const { queue, kick, kickFd } = frontEnd.startRing();
+  const flush = () => {
+    frontEnd.memory.write(0x8000, hex("04000000 00000000 0000000000000000"));
+    return queue.add([{ gpa: 0x8000 as never, length: 16 }], [{ gpa: 0x9000 as never, length: 1 }]);
+  };
+  flush();
+  frontEnd.acknowledged(wire.VHOST_USER_SET_VRING_ENABLE, state(0, 0));
+  kick();
+  assert.equal(counters.requests, 0);
+  frontEnd.acknowledged(wire.VHOST_USER_SET_VRING_ENABLE, state(0, 1));
+  assert.equal(counters.requests, 1);
+  assert.equal(frontEnd.acknowledged(wire.VHOST_USER_SET_VRING_NUM, state(0, 8)), false, "a running ring");
+  flush();
+  kick();
+  assert.equal(counters.requests, 2);
+  const base = frontEnd.send(wire.VHOST_USER_GET_VRING_BASE, state(0))!;
+  assert.deepEqual(wire.VringState.read(base), { index: 0, num: 2 });
+  assert.ok(!frontEnd.open.has(kickFd));
+  flush();
+  kick();
+  assert.equal(counters.requests, 2);
+  // Started again where it stopped.
+  const again = frontEnd.newFd();
+  frontEnd.acknowledged(wire.VHOST_USER_SET_VRING_KICK, u64(0n), [again]);
+  frontEnd.kick(again);
+  assert.equal(counters.requests, 3);
+});
+
+test("a kick before the ring is laid out is an error of QEMU's, not of ours", () => {
+  const { frontEnd, counters } = setUp();
+  frontEnd.negotiate();
+  const fd = frontEnd.newFd();
+  frontEnd.acknowledged(wire.VHOST_USER_SET_VRING_ENABLE, state(0, 1));
+  frontEnd.acknowledged(wire.VHOST_USER_SET_VRING_KICK, u64(0n), [fd]);
+  frontEnd.kick(fd);
+  assert.equal(counters.errors, 1);
+});

@@ -1,0 +1,33 @@
+import assert from "node:assert/strict";
+import test from "node:test";
+import { counters, countersBuffer } from "./counters.ts";
+import { SharedWords } from "./shared-words.ts";
+
+test("counters of one buffer are seen through every view, by name", () => {
+  const names = ["pins", "faults"] as const;
+  const buffer = countersBuffer(names);
+  const writer = counters(names, buffer);
+  writer.pins++;
+  writer.faults = 2 ** 40;
+  const reader = counters(names, buffer);
+  assert.deepEqual({ ...reader }, { pins: 1, faults: 2 ** 40 });
+  assert.deepEqual(Object.keys(reader), [...names]);
+});
+
+test("shared words: loads, stores and read-modify-writes that return the value before", () => {
+  const buffer = new SharedArrayBuffer(16);
+  const words = new SharedWords(buffer);
+  const tail = new SharedWords(buffer, 8);
+  assert.deepEqual([words.length, tail.length], [4, 2]);
+  words.store(2, 5);
+  assert.equal(tail.load(0), 5);
+  assert.deepEqual([tail.add(0, 2), tail.or(0, 8), tail.and(0, ~1)], [5, 7, 15]);
+  assert.equal(words.load(2), 14);
+  assert.throws(() => words.load(4), RangeError);
+});
+
+test("wait does not wait for a word that has changed already", () => {
+  const words = new SharedWords(new SharedArrayBuffer(4));
+  assert.equal(words.wait(0, 1, 60_000), "not-equal");
+  words.notify(0);
+});
