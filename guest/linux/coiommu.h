@@ -9,8 +9,6 @@
 
 #include "coiommu_abi.h"
 
-struct pci_dev;
-
 #ifndef CONFIG_64BIT
 #error "coiommu counts in 64-bit per-CPU words: 64-bit kernels only"
 #endif
@@ -46,7 +44,7 @@ struct pci_dev;
 	X(pin_status_unknown)						\
 	X(pin_not_seen)		/* OK, but a frame lacked P */		\
 	X(pin_lost)		/* no answer in time, or vq broken */	\
-	X(pin_off)		/* no device to ask */			\
+	X(pin_off)		/* no device that answers */		\
 	X(underflow)		/* unmap of a frame with COUNT 0 */	\
 	X(bounced)		/* buffers that went through SWIOTLB */	\
 	X(alloc)		/* of map: alloc and alloc_pages */	\
@@ -87,6 +85,7 @@ int coiommu_dtt_get(u64 gfn, u64 nr, bool *ask);
 u64 coiommu_dtt_put(u64 gfn, u64 nr);
 bool coiommu_dtt_pinned(u64 gfn);
 void coiommu_dtt_forget_pins(void);
+int coiommu_dtt_for_each_live(int (*func)(const u64 *gfns, unsigned int nr, void *arg), void *arg);
 void coiommu_dtt_usage(struct coiommu_dtt_usage *usage);
 
 /* dma_ops.c: the DMA API of a hooked function */
@@ -119,8 +118,11 @@ int coiommu_hooks_begin(const u8 *assigned, struct device *self);
 void coiommu_hooks_end(bool on);
 unsigned int coiommu_hooks_stop(void);
 unsigned int coiommu_hooks_count(void);
+bool coiommu_hooks_any(u32 *endpoint);
 
-/* viommu.c: the virtio device */
+/* pin.c: PIN requests. abi.md section 3. */
+
+struct virtqueue;
 
 /**
  * struct coiommu_pin - one mapping's pin requests; on the stack of the mapping
@@ -128,12 +130,14 @@ unsigned int coiommu_hooks_count(void);
  * @error: first failure; once set, nothing more is asked
  * @status: what the device said, or 0 when it was not the device
  * @nr_frames: frames in the request that failed
+ * @recovered: the device has answered an earlier request, late
  * @flags: interrupt state of the mapping's context
  */
 struct coiommu_pin {
 	u32 endpoint;
 	int error;
 	u8 status;
+	bool recovered;
 	u32 nr_frames;
 	unsigned long flags;
 };
@@ -141,6 +145,16 @@ struct coiommu_pin {
 void coiommu_pin_begin(struct coiommu_pin *pin, u32 endpoint);
 void coiommu_pin_add(struct coiommu_pin *pin, u64 gfn, u64 nr);
 int coiommu_pin_end(struct coiommu_pin *pin);
+
+int coiommu_pin_open(struct virtqueue *vq, u32 nr_ranges_max);
+void coiommu_pin_enable(void);
+void coiommu_pin_disable(void);
+void coiommu_pin_close(void);
+
+const char *coiommu_status_name(u8 status);
+int coiommu_status_to_errno(u8 status);
+
+/* viommu.c: the virtio device */
 
 void coiommu_viommu_read_assigned(void);
 int coiommu_viommu_register(void);

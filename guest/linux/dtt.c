@@ -204,15 +204,19 @@ static void destroy_tables(void *table, unsigned int level)
 	free_table(table);
 }
 
+static void destroy(void)
+{
+	unregister_memory_notifier(&memory_nb);
+	destroy_tables(dtt.root, dtt.levels);
+	dtt.root = NULL;
+}
+
 /* Caller: the host has let go of the table (device reset), and no function is hooked. */
 void coiommu_dtt_destroy(void)
 {
 	mutex_lock(&dtt_lock);
-	if (dtt.root) {
-		unregister_memory_notifier(&memory_nb);
-		destroy_tables(dtt.root, dtt.levels);
-		dtt.root = NULL;
-	}
+	if (dtt.root)
+		destroy();
 	mutex_unlock(&dtt_lock);
 }
 
@@ -233,12 +237,17 @@ static int choose_geometry(void)
 	return dtt.levels > COIOMMU_LEVELS_MAX ? -ERANGE : 0;
 }
 
-/* Caller: no table exists, and no function is hooked. On failure, destroy what there is. */
+/*
+ * There is one table as long as the module is loaded: functions may be hooked
+ * while no device is there.
+ */
 int coiommu_dtt_create(void)
 {
-	int ret;
+	int ret = 0;
 
 	mutex_lock(&dtt_lock);
+	if (dtt.root)
+		goto out;
 	ret = choose_geometry();
 	if (ret)
 		goto out;
@@ -249,6 +258,8 @@ int coiommu_dtt_create(void)
 	ret = register_memory_notifier(&memory_nb);
 	if (!ret)
 		ret = for_each_ram(NULL, make_resource_leaves);
+	if (ret)
+		destroy();
 out:
 	mutex_unlock(&dtt_lock);
 	return ret;
@@ -365,31 +376,51 @@ bool coiommu_dtt_pinned(u64 gfn)
 	return unit && (atomic_read(unit) & COIOMMU_TU_PINNED);
 }
 
-static void for_each_leaf(void *table, unsigned int level, void (*func)(atomic_t *units, void *arg),
-			  void *arg)
+struct leaf_walk {
+	int (*func)(atomic_t *units, u64 gfn, struct leaf_walk *walk);
+	void *arg;
+	int (*live)(const u64 *gfns, unsigned int nr, void *arg);
+};
+
+static int walk_table(void *table, unsigned int level, u64 gfn, struct leaf_walk *walk)
 {
 	unsigned int i;
+	int ret = 0;
 
 	if (level == 1) {
-		func(table, arg);
 		cond_resched();
-		return;
+		return walk->func(table, gfn, walk);
 	}
-	for (i = 0; i < TABLE_ENTRIES; i++) {
+	for (i = 0; i < TABLE_ENTRIES && !ret; i++) {
 		void *child = entry_table(READ_ONCE(((u64 *)table)[i]));
 
 		if (child)
-			for_each_leaf(child, level - 1, func, arg);
+			ret = walk_table(child, level - 1, gfn + ((u64)i << level_shift(level)),
+					 walk);
 	}
+	return ret;
 }
 
-static void forget_leaf(atomic_t *units, void *unused)
+/* Stops at the first leaf for which func() does not return 0. */
+static int for_each_leaf(struct leaf_walk *walk)
+{
+	int ret = 0;
+
+	mutex_lock(&dtt_lock);
+	if (dtt.root)
+		ret = walk_table(dtt.root, dtt.levels, 0, walk);
+	mutex_unlock(&dtt_lock);
+	return ret;
+}
+
+static int forget_leaf(atomic_t *units, u64 gfn, struct leaf_walk *walk)
 {
 	unsigned int i;
 
 	for (i = 0; i < LEAF_UNITS; i++)
 		if (atomic_read(&units[i]) & COIOMMU_TU_PINNED)
 			atomic_andnot(COIOMMU_TU_PINNED, &units[i]);
+	return 0;
 }
 
 /*
@@ -398,13 +429,42 @@ static void forget_leaf(atomic_t *units, void *unused)
  */
 void coiommu_dtt_forget_pins(void)
 {
-	if (dtt.root)
-		for_each_leaf(dtt.root, dtt.levels, forget_leaf, NULL);
+	struct leaf_walk walk = { .func = forget_leaf };
+
+	for_each_leaf(&walk);
 }
 
-static void use_of_leaf(atomic_t *units, void *arg)
+static int live_in_leaf(atomic_t *units, u64 gfn, struct leaf_walk *walk)
 {
-	struct coiommu_dtt_usage *usage = arg;
+	u64 gfns[32];
+	unsigned int i, nr = 0;
+	int ret = 0;
+
+	for (i = 0; i < LEAF_UNITS && !ret; i++) {
+		if (!(atomic_read(&units[i]) & COIOMMU_TU_COUNT))
+			continue;
+		gfns[nr++] = gfn + i;
+		if (nr == ARRAY_SIZE(gfns)) {
+			ret = walk->live(gfns, nr, walk->arg);
+			nr = 0;
+		}
+	}
+	if (nr && !ret)
+		ret = walk->live(gfns, nr, walk->arg);
+	return ret;
+}
+
+/* @func for all frames that were mapped before the call and still are, in groups. */
+int coiommu_dtt_for_each_live(int (*func)(const u64 *gfns, unsigned int nr, void *arg), void *arg)
+{
+	struct leaf_walk walk = { .func = live_in_leaf, .arg = arg, .live = func };
+
+	return for_each_leaf(&walk);
+}
+
+static int use_of_leaf(atomic_t *units, u64 gfn, struct leaf_walk *walk)
+{
+	struct coiommu_dtt_usage *usage = walk->arg;
 	unsigned int i;
 
 	for (i = 0; i < LEAF_UNITS; i++) {
@@ -416,17 +476,18 @@ static void use_of_leaf(atomic_t *units, void *arg)
 		usage->live_refs += value & COIOMMU_TU_COUNT;
 		usage->pinned_frames += !!(value & COIOMMU_TU_PINNED);
 	}
+	return 0;
 }
 
 /* A moving picture: mappings come and go during the walk. */
 void coiommu_dtt_usage(struct coiommu_dtt_usage *usage)
 {
+	struct leaf_walk walk = { .func = use_of_leaf, .arg = usage };
+
 	*usage = (struct coiommu_dtt_usage){};
-	mutex_lock(&dtt_lock);
-	if (dtt.root) {
-		usage->levels = dtt.levels;
-		usage->table_pages = atomic_long_read(&dtt.pages);
-		for_each_leaf(dtt.root, dtt.levels, use_of_leaf, usage);
-	}
-	mutex_unlock(&dtt_lock);
+	if (!dtt.root)
+		return;
+	usage->levels = dtt.levels;
+	usage->table_pages = atomic_long_read(&dtt.pages);
+	for_each_leaf(&walk);
 }

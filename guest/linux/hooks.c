@@ -279,8 +279,9 @@ static int release_unless_hooked(struct pci_dev *pdev)
  * @bitmap: the assigned functions; lives until the phase is off again
  * @own: the device that the virtio-iommu sits on: never touched
  *
- * Caller: the phase is off and there are no hooks. Whether this fails or not,
- * coiommu_hooks_end() must follow.
+ * Functions that are hooked since an earlier device stay as they are: their
+ * mappings are in the table. Whether this fails or not, coiommu_hooks_end() must
+ * follow.
  */
 int coiommu_hooks_begin(const u8 *bitmap, struct device *own)
 {
@@ -344,6 +345,19 @@ unsigned int coiommu_hooks_count(void)
 	count = list_count_nodes(&hooks);
 	mutex_unlock(&hooks_lock);
 	return count;
+}
+
+/* The endpoint of some hooked function, if there is one. */
+bool coiommu_hooks_any(u32 *endpoint)
+{
+	struct coiommu_hook *hook;
+
+	mutex_lock(&hooks_lock);
+	hook = list_first_entry_or_null(&hooks, struct coiommu_hook, node);
+	if (hook)
+		*endpoint = hook->endpoint;
+	mutex_unlock(&hooks_lock);
+	return hook;
 }
 
 int coiommu_hooks_init(void)

@@ -39,5 +39,15 @@ for (const [text, bdf] of [
     assert.match(formatBdf(bdf as Bdf), /^0000:[0-9a-f]{2}:[01][0-9a-f]\.[0-7]$/);
   });
 
-for (const text of ["", "4", "00:20.0", "00:04.8", "0001:00:04.0", "000:04.0", "00:04.0 ", "00:4.0", "gg:04.0"])
+for (const text of [
+  "",
+  "4",
+  "00:20.0",
+  "00:04.8",
+  "0001:00:04.0",
+  "000:04.0",
+  "00:04.0 ",
+  "00:4.0",
+  "gg:04.0",
+])
   test(`"${text}" is not a BDF`, () => assert.equal(parseBdf(text), undefined));

@@ -1,4 +1,5 @@
 import { Command } from "commander";
+import { UserError } from "../base/errors.ts";
 import type { Strategy } from "../control/backend.ts";
 import type { CompareResult, RunResult } from "../control/result.ts";
 import { run } from "../control/run.ts";
@@ -24,15 +25,22 @@ export const compareCommand = (): Command =>
     try {
       const guest = await ensureGuest(progress.step);
       const runs: RunResult[] = [];
+      const complaints: string[] = [];
       const total = options.rounds * options.strategies.length;
       for (const strategy of alternating(options.strategies, options.rounds)) {
         progress.prefix(`[${runs.length + 1}/${total}] ${strategy}: `);
-        runs.push(await run(runOptions(options, guest, strategy, progress.warn), progress.step));
+        const { result, complaints: met } = await run(
+          runOptions(options, guest, strategy, progress.warn),
+          progress.step,
+        );
+        runs.push(result);
+        complaints.push(...met.map((text) => `${strategy}: ${text}`));
       }
       progress.stop();
       const result: CompareResult = { schema: "coiommu.compare/1", host: runs[0]!.host, runs };
       if (options.json !== "-") process.stdout.write(`${table(runs)}\n`);
       writeJson(options.json, result);
+      if (complaints.length > 0) throw new UserError(complaints.join("; "), 1);
     } finally {
       progress.stop();
     }

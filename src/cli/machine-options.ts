@@ -73,7 +73,7 @@ export function addMachineOptions(command: Command): Command {
   );
   option(
     "--workload <what>",
-    "idle[:seconds=N], shell, or fio:rw=randread,bs=4k,iodepth=32,seconds=5",
+    "idle[:seconds=N], script:FILE, shell, or fio:rw=randread,bs=4k,iodepth=32,seconds=5",
     parseWorkload,
     parseWorkload("fio:rw=randread,bs=4k,iodepth=32,seconds=5"),
     "fio:rw=randread,bs=4k,iodepth=32,seconds=5",

@@ -1,4 +1,5 @@
 import { Command } from "commander";
+import { UserError } from "../base/errors.ts";
 import type { Strategy } from "../control/backend.ts";
 import { run } from "../control/run.ts";
 import { ensureGuest } from "../machine/qemu/guest.ts";
@@ -22,10 +23,14 @@ export const runCommand = (): Command =>
     try {
       const guest = await ensureGuest(progress.step);
       const settings = runOptions(options, guest, options.strategy, progress.warn);
-      const result = await run(settings, settings.shell ? () => progress.stop() : progress.step);
+      const { result, complaints } = await run(
+        settings,
+        settings.shell ? () => progress.stop() : progress.step,
+      );
       progress.stop();
       if (options.json !== "-") process.stdout.write(`${table([result])}\n`);
       writeJson(options.json, result);
+      if (complaints.length > 0) throw new UserError(complaints.join("; "), 1);
     } finally {
       progress.stop();
     }

@@ -1,4 +1,4 @@
-import { PeerGone } from "../base/errors.ts";
+import { type Errno, PeerGone } from "../base/errors.ts";
 import type { DiskCounters } from "../device/block.ts";
 import { type BlockStore, FileStore, MemoryStore } from "../device/block-store.ts";
 import { type Disk, serveDisk } from "../device/disk.ts";
@@ -32,6 +32,12 @@ export interface DiskData {
   readonly iommu: SharedArrayBuffer;
   readonly counters: SharedArrayBuffer;
   readonly disk: DiskOptions;
+}
+
+/** Answer to "stop". */
+export interface DiskStopped {
+  /** How often the host refused a read or write of the image, by errno; the guest saw I/O errors. */
+  readonly hostErrors: readonly (readonly [Errno, number])[];
 }
 
 /** The assigned disk's thread: serves vhost-user; every DMA goes through the software IOMMU. */
@@ -76,10 +82,12 @@ export class DiskThread {
     });
   }
 
-  #stop(): void {
+  #stop(): DiskStopped {
     this.#stopping = true;
+    const hostErrors = [...(this.#disk?.device.hostErrors ?? [])];
     this.#disk?.close();
     if (!this.#disk) closeFd(this.#data.socketFd);
     this.#store?.close();
+    return { hostErrors };
   }
 }

@@ -1,11 +1,10 @@
-import { UserError } from "../base/errors.ts";
-import { formatBdf } from "../base/units.ts";
 import { monotonicClock } from "../host/clock.ts";
 import type { GuestAgent } from "../machine/qemu/agent.ts";
 import { createPolicy } from "../policy/registry.ts";
+import { type DriverCounters, demand, loadDrivers, readCounters, unbindDisk } from "./guest-side.ts";
 import { describeHost, type RunResult } from "./result.ts";
 import type { VmEnd, VmOptions } from "./vm.ts";
-import { DISK_BDF, Vm } from "./vm.ts";
+import { Vm } from "./vm.ts";
 import { runWorkload, type Workload } from "./workload.ts";
 
 export interface RunOptions extends VmOptions {
@@ -13,20 +12,16 @@ export interface RunOptions extends VmOptions {
 }
 
 const USERSPACE_MS = 90_000;
-const SETUP_MS = 60_000;
 const SAMPLE_MS = 100;
-const COUNTERS = "/sys/kernel/debug/coiommu/counters";
 
-/** Our module before virtio_pci: then the disk's DMA operations are replaced before its driver binds. */
-const setupScript = (options: RunOptions): string => `set -e
-${options.strategy === "coiommu" ? `modprobe ${options.guest.moduleName}` : ""}
-modprobe virtio_pci
-modprobe virtio_blk
-i=0; while [ ! -b /dev/vda ]; do i=$((i+1)); [ $i -lt 200 ] || { dmesg | tail -20; exit 1; }; usleep 50000; done
-${options.strategy === "coiommu" ? `[ -e ${COUNTERS} ] || { dmesg | tail -20; exit 1; }` : ""}`;
+export interface Outcome {
+  readonly result: RunResult;
+  /** What went wrong without ending the run, in words for a person; empty when all is well. */
+  readonly complaints: readonly string[];
+}
 
 /** Boot a guest, run a workload in it under one strategy, and end it. Leaves nothing behind, however it ends. */
-export async function run(options: RunOptions, progress: (text: string) => void): Promise<RunResult> {
+export async function run(options: RunOptions, progress: (text: string) => void): Promise<Outcome> {
   const began = nowMs();
   progress("starting QEMU");
   const vm = await Vm.start(options);
@@ -48,7 +43,7 @@ async function measure(
   options: RunOptions,
   began: number,
   progress: (text: string) => void,
-): Promise<RunResult> {
+): Promise<Outcome> {
   const { agent } = vm.qemu;
   await vm.resume();
   const resumed = nowMs();
@@ -58,22 +53,18 @@ async function measure(
     progress("booting the guest");
     const kernel = await agent.hello(USERSPACE_MS);
     const userspace = nowMs();
-    await demand(agent, setupScript(options), "loading the drivers");
+    await loadDrivers(agent, options.guest, options.strategy);
     progress(`running ${options.workload.text}`);
     const tracked = options.strategy === "coiommu";
     const steadyFrom = tracked ? countersAfter(agent, 1) : null;
     const workload = await runWorkload(agent, options.workload);
     const [first, last] = [await steadyFrom, tracked ? await readCounters(agent) : null];
     const end = pinsOf(vm, options);
-    await demand(
-      agent,
-      `echo ${formatBdf(DISK_BDF)} >/sys/bus/pci/drivers/virtio-pci/unbind`,
-      "unbinding the disk",
-    );
+    await unbindDisk(agent);
     const final = tracked ? await readCounters(agent) : null;
     clearInterval(sampler);
     const closed = await vm.close();
-    return {
+    const result: RunResult = {
       schema: "coiommu.run/1",
       host: describeHost(vm.qemu.version, vm.qemu.accel),
       guest: { machine: "qemu", memoryMiB: options.memoryMiB, cpus: options.cpus, kernel },
@@ -101,23 +92,20 @@ async function measure(
       dma: { transfers: vm.disk.transfers, bytes: vm.disk.bytes, faults: vm.disk.faults },
       samples,
     };
+    return { result, complaints: complaintsOf(result, closed, options) };
   } finally {
     clearInterval(sampler);
   }
 }
 
-type DriverCounters = Readonly<Record<string, number>>;
-
-/** The module's counters: a line each, name and value. */
-async function readCounters(agent: GuestAgent): Promise<DriverCounters> {
-  const text = await demand(agent, `cat ${COUNTERS}`, "reading the driver's counters");
-  return Object.fromEntries(
-    text
-      .trim()
-      .split("\n")
-      .map((line) => line.split(" "))
-      .map(([name, value]) => [name, Number(value)]),
+function complaintsOf({ workload, dma }: RunResult, { disk }: VmEnd, options: RunOptions): string[] {
+  const complaints = disk.hostErrors.map(
+    ([errno, times]) => `the host refused ${times} accesses to the disk image ${options.disk.file}: ${errno}`,
   );
+  if (workload.errors > 0) complaints.push(`the workload met ${workload.errors} errors`);
+  if (workload.verified === false) complaints.push("what the workload wrote is not what it read back");
+  if (dma.faults > 0) complaints.push(`the disk met ${dma.faults} DMA faults`);
+  return complaints;
 }
 
 async function countersAfter(agent: GuestAgent, seconds: number): Promise<DriverCounters> {
@@ -129,12 +117,6 @@ const difference = (first: DriverCounters, last: DriverCounters): RunResult["ste
   maps: (last.map ?? 0) - (first.map ?? 0),
   pinRequests: (last.pin_requests ?? 0) - (first.pin_requests ?? 0),
 });
-
-async function demand(agent: GuestAgent, script: string, what: string): Promise<string> {
-  const { code, output } = await agent.run(script, { timeoutMs: SETUP_MS, what });
-  if (code !== 0) throw new UserError(`${what} failed in the guest: ${output.trim()}`, 1);
-  return output;
-}
 
 function sample(vm: Vm, { strategy }: RunOptions, ms: number): RunResult["samples"][number] {
   const tracked = strategy === "coiommu";

@@ -11,7 +11,7 @@ import { createIommuBuffer } from "../tracking/software-iommu.ts";
 import { TRACKING_COUNTERS, type TrackingCounters } from "../tracking/tracker.ts";
 import type { BackendData, PinnerName, Started, Stopped, Strategy } from "./backend.ts";
 import { type WorkerEvent, WorkerHost } from "./commands.ts";
-import { DISK_COUNTERS, type DiskData, type DiskOptions } from "./disk.ts";
+import { DISK_COUNTERS, type DiskData, type DiskOptions, type DiskStopped } from "./disk.ts";
 
 /** Our virtio-iommu comes before what it tracks, so that its driver is active when theirs bind. */
 const IOMMU_SLOT = 3;
@@ -33,6 +33,8 @@ export interface VmOptions {
   readonly disk: DiskOptions;
   /** The guest's console is this process's terminal. */
   readonly shell?: boolean;
+  /** More words for the guest kernel's command line. */
+  readonly append?: readonly string[];
   readonly onWarning?: (text: string) => void;
   /** The backend's entry; tests of the checkers put a broken one here. */
   readonly backendEntry?: URL;
@@ -41,6 +43,7 @@ export interface VmOptions {
 /** What was left when everything had ended. */
 export interface VmEnd {
   readonly backend: Stopped;
+  readonly disk: DiskStopped;
 }
 
 /** This module's neighbour, as source or as built. */
@@ -83,6 +86,7 @@ export class Vm {
         cpus: options.cpus,
         accel: options.accel,
         devices: parts.takeDevices(),
+        ...(options.append && { append: options.append }),
         ...(options.shell && { shell: true }),
       });
       const started = await parts.backendWorker.request<Started>("started");
@@ -178,12 +182,12 @@ class Parts {
     this.#closing = true;
     for (const { fds } of this.#devices) fds.forEach(closeFd);
     this.#devices = [];
-    await this.diskWorker.request("stop").catch(() => {});
-    await this.diskWorker.ended;
-    const stopped = this.backendWorker.request<Stopped>("stop");
-    await Promise.allSettled([stopped, this.backendWorker.ended]);
+    const disk = this.diskWorker.request<DiskStopped>("stop");
+    await Promise.allSettled([disk, this.diskWorker.ended]);
+    const backend = this.backendWorker.request<Stopped>("stop");
+    await Promise.allSettled([backend, this.backendWorker.ended]);
     this.#touch.close();
-    return { backend: await stopped };
+    return { backend: await backend, disk: await disk };
   }
 
   #hear({ kind, message }: WorkerEvent, warn: (text: string) => void): void {

@@ -49,15 +49,16 @@ export class FileStore implements BlockStore {
   }
 
   flush(): void {
-    all("fdatasync", empty, () => (fs.fdatasyncSync(this.#fd), 0));
+    all("fdatasync", new Uint8Array(0), () => {
+      fs.fdatasyncSync(this.#fd);
+      return 0;
+    });
   }
 
   close(): void {
     fs.closeSync(this.#fd);
   }
 }
-
-const empty = new Uint8Array(0);
 
 /** Repeat `some` until it has done all of `bytes`; at least once. */
 function all(syscall: string, bytes: Uint8Array, some: (done: number) => number): void {
@@ -96,9 +97,9 @@ export class MemoryStore implements BlockStore {
 
   write(position: number, from: Uint8Array): void {
     this.#each(position, from, (part, index, at) => {
-      let chunk = this.#chunks.get(index);
-      if (!chunk) this.#chunks.set(index, (chunk = new Uint8Array(CHUNK_SIZE)));
+      const chunk = this.#chunks.get(index) ?? new Uint8Array(CHUNK_SIZE);
       chunk.set(part, at);
+      this.#chunks.set(index, chunk);
     });
   }
 

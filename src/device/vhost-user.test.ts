@@ -10,8 +10,7 @@ import { FrontEnd, USER_ADDRESS } from "./front-end.ts";
 const open: DmaGate = { enter() {}, leave() {}, allows: () => true, request: () => false };
 const hex = (text: string) => new Uint8Array(Buffer.from(text.replaceAll(/\s/g, ""), "hex"));
 
-function setUp() {
-  const frontEnd = new FrontEnd();
+function setUp(frontEnd = new FrontEnd()) {
   const counters = { transfers: 0, bytes: 0, faults: 0, errors: 0, requests: 0 };
   const ended: (PeerError | HostError | undefined)[] = [];
   const disk = serveDisk({
@@ -27,34 +26,65 @@ function setUp() {
 const state = (index: number, num = 0) => wire.VringState.encode({ index, num });
 const u64 = (value: bigint) => wire.VhostUserU64.encode({ value });
 
-test("golden negotiation: features, protocol features, queues, configuration", () => {
-  const { frontEnd } = setUp();
-  for (const [request, reply] of [
+test("golden: all that QEMU 7.2 says until SeaBIOS has the disk, and what it wants to hear", () => {
+  const { frontEnd, disk, counters } = setUp(new FrontEnd(2 ** 29));
+  const index0 = "0000000000000000";
+  for (const [request, reply, fds = 0] of [
     // GET_FEATURES: ACCESS_PLATFORM, VERSION_1, protocol features, INDIRECT_DESC, FLUSH, BLK_SIZE, SEG_MAX
     ["01000000 01000000 00000000", "01000000 05000000 08000000 4402005003000000"],
     // GET_PROTOCOL_FEATURES: CONFIG, BACKEND_REQ, REPLY_ACK, MQ
     ["0f000000 01000000 00000000", "0f000000 05000000 08000000 2902000000000000"],
     ["10000000 01000000 08000000 2902000000000000", undefined],
-    // SET_OWNER with need_reply
-    ["03000000 09000000 00000000", "03000000 05000000 08000000 0000000000000000"],
-    // GET_QUEUE_NUM
     ["11000000 01000000 00000000", "11000000 05000000 08000000 0100000000000000"],
-    // GET_CONFIG of 36 bytes: capacity 2048, size_max 0, seg_max 126, geometry 0, blk_size 512, zeros
+    // SET_BACKEND_REQ_FD, to be acknowledged; SET_OWNER; SET_VRING_CALL and _ERR
+    ["15000000 09000000 00000000", "15000000 05000000 08000000 0000000000000000", 1],
+    ["03000000 01000000 00000000", undefined],
+    [`0d000000 01000000 08000000 ${index0}`, undefined, 1],
+    [`0e000000 01000000 08000000 ${index0}`, undefined, 1],
+    // GET_CONFIG of 57 bytes: capacity 2048, size_max 0, seg_max 126, geometry 0, blk_size 512, zeros
     [
-      `18000000 01000000 30000000 000000002400000000000000 ${"00".repeat(36)}`,
-      `18000000 05000000 30000000 000000002400000000000000
-       0008000000000000 00000000 7e000000 00000000 00020000 ${"00".repeat(12)}`,
+      `18000000 01000000 45000000 000000003900000000000000 ${"00".repeat(57)}`,
+      `18000000 05000000 45000000 000000003900000000000000
+       0008000000000000 00000000 7e000000 00000000 00020000 ${"00".repeat(33)}`,
     ],
-    // GET_CONFIG of the last byte of the 256, then beyond: a reply without payload
+    ["02000000 01000000 08000000 4400004001000000", undefined],
     [
-      `18000000 01000000 0d000000 ff0000000100000000000000 00`,
-      `18000000 05000000 0d000000 ff0000000100000000000000 00`,
+      "05000000 09000000 28000000 0100000000000000 0000000000000000 0000002000000000 00f0ff3b7f7f0000 0000000000000000",
+      "05000000 05000000 08000000 0000000000000000",
+      1,
     ],
-    [`18000000 01000000 0d000000 000100000100000000000000 00`, "18000000 05000000 00000000"],
-    // SET_CONFIG is refused
-    [`19000000 09000000 0d000000 000000000100000000000000 00`, "19000000 05000000 08000000 0100000000000000"],
-  ] as const)
-    assert.deepEqual(frontEnd.raw(hex(request)), reply && hex(reply), request);
+    // SET_VRING_NUM 128, _BASE 0, _ADDR, _KICK, _ENABLE 1
+    ["08000000 01000000 08000000 0000000080000000", undefined],
+    ["0a000000 01000000 08000000 0000000000000000", undefined],
+    [
+      `09000000 01000000 28000000 ${index0}
+       00c0fd5b7f7f0000 00d0fd5b7f7f0000 00c8fd5b7f7f0000 00e0fd1f00000000`,
+      undefined,
+    ],
+    [`0c000000 01000000 08000000 ${index0}`, undefined, 1],
+    ["12000000 01000000 08000000 0000000001000000", undefined],
+    // Reset: _ENABLE 0, GET_VRING_BASE
+    ["12000000 01000000 08000000 0000000000000000", undefined],
+    [`0b000000 01000000 08000000 ${index0}`, `0b000000 05000000 08000000 ${index0}`],
+  ] as [string, string | undefined, number?][]) {
+    const sent = Array.from({ length: fds }, () => frontEnd.newFd());
+    assert.deepEqual(frontEnd.raw(hex(request), sent), reply && hex(reply), request);
+  }
+  assert.equal(disk.session.refused, 0);
+  assert.equal(counters.errors, 0);
+  // Held: the channel for requests of ours, call and err. Not held: the memory table's, and the kick of a stopped ring.
+  assert.equal(frontEnd.open.size, 3);
+});
+
+test("the configuration: its last byte, beyond its end, and never written", () => {
+  const { frontEnd } = setUp();
+  frontEnd.negotiate();
+  const { VHOST_USER_GET_CONFIG, VHOST_USER_SET_CONFIG } = wire;
+  const at = (offset: number, size: number, extra = size) => wire.ConfigHead.encode({ offset, size }, extra);
+  assert.deepEqual(frontEnd.send(VHOST_USER_GET_CONFIG, at(255, 1)), at(255, 1));
+  for (const bad of [at(256, 1), at(0, 257), at(2 ** 32 - 1, 1), at(0, 8, 4), new Uint8Array(3)])
+    assert.equal(frontEnd.send(VHOST_USER_GET_CONFIG, bad)?.length, 0);
+  assert.equal(frontEnd.acknowledged(VHOST_USER_SET_CONFIG, at(0, 1)), false);
 });
 
 test("refused and answered, and nothing changes", () => {

@@ -95,13 +95,22 @@ test("nothing is transferred when any frame of the range is not mapped", () => {
     const gate = new LoggedGate([1, 2, 3].filter((gfn) => gfn !== missing));
     const memory = ram(8);
     const gated = new GatedMemory(memory, gate);
-    assert.throws(() => gated.write(0x1800, new Uint8Array(0x2000).fill(1)), { ...FAULT, gpa: missing * 4096 });
+    assert.throws(() => gated.write(0x1800, new Uint8Array(0x2000).fill(1)), {
+      ...FAULT,
+      gpa: missing * 4096,
+    });
     assert.ok(memory.regions[0]!.bytes.every((b) => b === 0));
   }
 });
 
 test("a frame that the host pins when asked is transferred, with all frames checked again", () => {
-  const gate = new LoggedGate([1], [[2, "pin"], [3, "pin"]]);
+  const gate = new LoggedGate(
+    [1],
+    [
+      [2, "pin"],
+      [3, "pin"],
+    ],
+  );
   new GatedMemory(LoggedMemory.of(8, gate), gate).write(0x1800, new Uint8Array(0x2000));
   const window = (...checked: number[]) => ["enter", ...checked.map((gfn) => `allows ${gfn}`)];
   assert.deepEqual(gate.log, [
@@ -112,7 +121,13 @@ test("a frame that the host pins when asked is transferred, with all frames chec
 });
 
 test("a host that says it pinned and did not ends in a fault, not in a loop", () => {
-  const gate = new LoggedGate([], [[1, "lie"], [2, "lie"]]);
+  const gate = new LoggedGate(
+    [],
+    [
+      [1, "lie"],
+      [2, "lie"],
+    ],
+  );
   assert.throws(() => new GatedMemory(ram(8), gate).read(0x1000, new Uint8Array(0x2000)), FAULT);
   assert.equal(gate.open, 0);
 });

@@ -132,7 +132,10 @@ for (const [what, bad] of [
   ["a size that is not in whole frames", unmapped(ramRegion(0, 1), { size: 100 })],
   ["no size", unmapped(ramRegion(0, 1), { size: 0 })],
   ["a negative size", unmapped(ramRegion(0, 1), { size: -4096 })],
-  ["bytes that begin within a frame", unmapped(ramRegion(0, 2), { size: 4096, bytes: new Uint8Array(9000, 8, 4096) })],
+  [
+    "bytes that begin within a frame",
+    unmapped(ramRegion(0, 2), { size: 4096, bytes: new Uint8Array(new ArrayBuffer(8192), 8, 4096) }),
+  ],
   ["an overlap with another", ramRegion(LOW + 0x1000, 1)],
   ["all of another inside it", ramRegion(0, 0x200)],
 ] as const)

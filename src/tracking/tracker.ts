@@ -7,7 +7,6 @@ import type { GuestMemory, GuestRegion } from "../memory/guest-memory.ts";
 import { type Claim, GfnBuffer, type UnpinPolicy } from "../policy/policy.ts";
 import {
   VIRTIO_IOMMU_S_FAULT,
-  VIRTIO_IOMMU_S_INVAL,
   VIRTIO_IOMMU_S_IOERR,
   VIRTIO_IOMMU_S_NOMEM,
   VIRTIO_IOMMU_S_OK,
@@ -208,13 +207,14 @@ export class Tracker {
     const table = this.#table;
     if (!table) return VIRTIO_IOMMU_S_UNSUPP;
     const total = ranges.reduce((sum, r) => sum + r.nrFrames, 0);
-    if (total > this.#o.memory.size / FRAME_SIZE) return VIRTIO_IOMMU_S_INVAL;
+    if (total > this.#o.memory.size / FRAME_SIZE) return VIRTIO_IOMMU_S_RANGE;
+    if (ranges.some((r) => r.gfn + r.nrFrames > GFN_LIMIT)) return VIRTIO_IOMMU_S_RANGE;
     this.#gfns = grown(this.#gfns, total);
     this.#units = grown(this.#units, total);
     let n = 0;
     for (const { gfn: first, nrFrames } of ranges)
       for (let gfn = first as Gfn; gfn < first + nrFrames; gfn++) {
-        if (gfn >= GFN_LIMIT || !this.#o.memory.find(gpaOf(gfn), FRAME_SIZE)) return VIRTIO_IOMMU_S_RANGE;
+        if (!this.#o.memory.find(gpaOf(gfn), FRAME_SIZE)) return VIRTIO_IOMMU_S_RANGE;
         const unit = table.walk(gfn);
         if (unit === NO_UNIT) return VIRTIO_IOMMU_S_FAULT;
         this.#gfns[n] = gfn;

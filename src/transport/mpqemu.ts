@@ -70,9 +70,10 @@ export class MpqemuServer {
       if (expected === undefined) throw new ProtocolError(`mpqemu: unknown command ${command}`);
       if (size !== expected)
         throw new ProtocolError(`mpqemu: command ${command} with ${size} bytes instead of ${expected}`);
-      const payload = size > 0 ? this.#p.socket.receive(size).bytes : new Uint8Array(0);
+      const payload = this.#p.socket.receive(size);
+      fds.push(...payload.fds); // QEMU sends them with the header; a peer that does not must not leak them here
       this.messages++;
-      this.#dispatch(command, payload, fds);
+      this.#dispatch(command, payload.bytes, fds);
     } finally {
       for (const fd of fds) this.#p.closeFd(fd);
     }

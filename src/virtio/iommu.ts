@@ -213,7 +213,7 @@ export class VirtioIommu implements VirtioDevice {
     if (length < ReqHead.size || writable < ReqTail.size) return this.#bad();
     const request = this.#request.subarray(0, Math.min(length, REQUEST_MAX));
     // Copied once: the guest may change it while we look at it.
-    if (!this.#copyIn(chain.readable, request)) return this.#bad();
+    if (!this.#copyIn(chain.readable, request)) return 0;
     const { type } = ReqHead.read(request);
     switch (type) {
       case VIRTIO_IOMMU_T_PIN:

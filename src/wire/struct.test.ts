@@ -53,6 +53,8 @@ for (const value of [2n ** 53n, 2n ** 53n + 1n, 2n ** 63n, 2n ** 63n + 2n ** 62n
   test(`le64 reads hostile 0x${value.toString(16)} as a number that is 2^53 or above`, () => {
     const { x } = struct("s", 8, { x: le64(0) }).read(raw64(value));
     assert.ok(x >= 2 ** 53 && x <= 2 ** 64);
+    const again = BigInt(struct("s", 8, { x: le64(0) }).read(struct("s", 8, { x: le64(0) }).encode({ x })).x);
+    assert.ok(again >= 2n ** 53n, "also after it was written and read again");
   });
 
 test("le64bits keeps every bit", () => {

@@ -45,7 +45,7 @@ export const le64 = field<number>(
   (v, at) => v.getUint32(at, true) + v.getUint32(at + 4, true) * 2 ** 32,
   (v, at, x) => {
     v.setUint32(at, x % 2 ** 32, true);
-    v.setUint32(at + 4, Math.floor(x / 2 ** 32), true);
+    v.setUint32(at + 4, Math.min(Math.floor(x / 2 ** 32), 0xffff_ffff), true); // all ones was read as 2^64
   },
 );
 /** 64-bit where every bit counts: feature masks, "all ones". */

@@ -1,3 +1,4 @@
+import assert from "node:assert/strict";
 import type { Gfn } from "../../src/base/units.ts";
 import { counters, countersBuffer } from "../../src/memory/counters.ts";
 import { GuestMemory, type GuestRegion } from "../../src/memory/guest-memory.ts";
@@ -12,7 +13,7 @@ export const RAM_FRAMES = 2048;
 /** Table pages of the guest lie from here on. */
 export const TABLE_FRAME = 1536;
 
-interface MachineOptions extends Partial<TrackerOptions> {
+export interface MachineOptions extends Partial<TrackerOptions> {
   readonly regions?: readonly GuestRegion[];
   readonly levels?: number;
 }
@@ -82,4 +83,19 @@ export function machine(options: MachineOptions = {}) {
       return slices;
     },
   };
+}
+
+export type Machine = ReturnType<typeof machine>;
+
+/** The same, with its table activated. */
+export function active(options: MachineOptions = {}, complete = true): Machine {
+  const m = machine(options);
+  m.activate(complete);
+  return m;
+}
+
+/** Map, and unmap again: frames that are pinned and idle, with A set. */
+export function idle(m: Machine, ...gfns: number[]): void {
+  assert.equal(m.map(...gfns), 0);
+  m.unmap(...gfns);
 }

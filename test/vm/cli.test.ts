@@ -1,0 +1,176 @@
+/** What a person sees when something goes wrong: one sentence, the right exit code, nothing left behind. */
+import assert from "node:assert/strict";
+import { type ChildProcess, execFileSync, spawn } from "node:child_process";
+import { mkdtempSync, rmSync, truncateSync, writeFileSync } from "node:fs";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
+import { before, type TestContext, test } from "node:test";
+import { setTimeout as sleep } from "node:timers/promises";
+import { ensureGuest } from "../../src/machine/qemu/guest.ts";
+import { childrenOf, eventually } from "./support.ts";
+
+const BIN = join(import.meta.dirname, "../../bin/coiommu.js");
+
+interface Ended {
+  readonly code: number | null;
+  readonly stdout: string;
+  readonly stderr: string;
+}
+
+class Cli {
+  readonly child: ChildProcess;
+  readonly ended: Promise<Ended>;
+  #stdout = "";
+  #stderr = "";
+
+  constructor(args: readonly string[], through: readonly string[] = []) {
+    const [file, ...rest] = [...through, process.execPath, BIN, ...args];
+    this.child = spawn(file!, rest, { stdio: ["ignore", "pipe", "pipe"] });
+    this.child.stdout!.on("data", (d) => (this.#stdout += d));
+    this.child.stderr!.on("data", (d) => (this.#stderr += d));
+    this.ended = new Promise((resolve) =>
+      this.child.on("close", (code) => resolve({ code, stdout: this.#stdout, stderr: this.#stderr })),
+    );
+  }
+
+  get pid(): number {
+    return this.child.pid!;
+  }
+
+  /** Wait until it says so on stderr. */
+  async said(text: string): Promise<void> {
+    assert.ok(
+      await eventually(() => this.#stderr.includes(text), 60_000),
+      `it never said "${text}": ${this.#stderr}`,
+    );
+  }
+
+  /** QEMU's process, while it runs. */
+  async qemu(): Promise<number> {
+    const find = () => childrenOf(this.pid, "qemu-system")[0];
+    assert.ok(await eventually(() => find() !== undefined), "QEMU does not run");
+    return find()!;
+  }
+}
+
+/** The last line, which must be the only one that is a complaint. */
+function complaint({ stderr }: Ended): string {
+  const lines = stderr
+    .trim()
+    .split("\n")
+    .filter((line) => line.startsWith("coiommu:") || /^\s+at /.test(line));
+  assert.equal(lines.length, 1, `one sentence, but it said:\n${stderr}`);
+  return lines[0]!;
+}
+
+const alive = (pid: number): boolean => {
+  try {
+    process.kill(pid, 0);
+    return true;
+  } catch {
+    return false;
+  }
+};
+
+function scratch(t: TestContext): string {
+  const directory = mkdtempSync(join(tmpdir(), "coiommu-test-"));
+  t.after(() => rmSync(directory, { recursive: true, force: true }));
+  return directory;
+}
+
+const IDLE = ["run", "--memory", "256M", "--workload", "idle:seconds=60"];
+
+before(() => ensureGuest(() => {}));
+
+test("killing QEMU ends the run with one sentence", async () => {
+  const cli = new Cli(IDLE);
+  await cli.said("running idle");
+  process.kill(await cli.qemu(), "SIGKILL");
+  const ended = await cli.ended;
+  assert.equal(ended.code, 1);
+  assert.match(complaint(ended), /QEMU was killed by SIGKILL/);
+});
+
+test("a guest that dies ends the run with one sentence", async (t) => {
+  const script = join(scratch(t), "panic.sh");
+  writeFileSync(script, "echo c >/proc/sysrq-trigger; sleep 60");
+  const cli = new Cli(["run", "--memory", "256M", "--workload", `script:${script}`]);
+  const ended = await cli.ended;
+  assert.equal(ended.code, 1);
+  assert.match(complaint(ended), /QEMU ended/);
+});
+
+for (const [signal, code] of [
+  ["SIGINT", 130],
+  ["SIGTERM", 143],
+] as const)
+  test(`${signal} ends the guest in order`, async () => {
+    const cli = new Cli(IDLE);
+    await cli.said("booting");
+    const qemu = await cli.qemu();
+    cli.child.kill(signal);
+    const ended = await cli.ended;
+    assert.equal(ended.code, code);
+    assert.match(complaint(ended), new RegExp(`${signal}: ending the guest`));
+    assert.ok(!alive(qemu), "QEMU is left behind");
+  });
+
+test("QEMU does not outlive a coiommu that is killed", async () => {
+  const cli = new Cli(IDLE);
+  await cli.said("booting");
+  const qemu = await cli.qemu();
+  cli.child.kill("SIGKILL");
+  await cli.ended;
+  assert.ok(await eventually(() => !alive(qemu), 5000), "QEMU is left behind");
+});
+
+test("a disk image that is missing is named, and nothing is started", async (t) => {
+  const image = join(scratch(t), "absent.img");
+  const ended = await new Cli([...IDLE, "--disk", image]).ended;
+  assert.notEqual(ended.code, 0);
+  assert.match(complaint(ended), new RegExp(`${image}.*does not exist`));
+});
+
+test("a full disk is an I/O error in the guest and a sentence here", async (t) => {
+  const directory = scratch(t);
+  execFileSync("mount", ["-t", "tmpfs", "-o", "size=4m", "tmpfs", directory]);
+  t.after(() => execFileSync("umount", [directory]));
+  const image = join(directory, "disk.img");
+  writeFileSync(image, "");
+  truncateSync(image, 64 * 2 ** 20);
+  const fio = "fio:rw=randwrite,bs=4k,iodepth=4,seconds=1,size=32M";
+  const ended = await new Cli(["run", "--memory", "256M", "--disk", image, "--workload", fio]).ended;
+  assert.equal(ended.code, 1);
+  assert.match(complaint(ended), /disk image.*ENOSPC/);
+});
+
+/** Without CAP_IPC_LOCK, and with a memlock limit. */
+const limited = (bytes: number) => [
+  ...["prlimit", `--memlock=${bytes}:${64 * 2 ** 20}`],
+  ...["setpriv", "--bounding-set=-ipc_lock", "--inh-caps=-ipc_lock"],
+];
+
+for (const strategy of ["static", "coiommu"])
+  test(`a memlock limit that is too small for ${strategy} is named with the remedy`, async () => {
+    const ended = await new Cli([...IDLE, "--strategy", strategy], limited(64 * 1024)).ended;
+    assert.equal(ended.code, 1);
+    assert.match(complaint(ended), /memlock limit of this process is 64 KiB; raise it/);
+  });
+
+test("pins refused for want of memlock hold the guest's I/O back, and lose nothing once they can be had", async (t) => {
+  const json = join(scratch(t), "result.json");
+  // 32 requests of 64 KiB are 512 frames; the limit leaves room for the firmware's window and little more.
+  const fio = "fio:rw=randwrite,bs=64k,iodepth=32,seconds=4,size=16M";
+  const limit = 300 * 4096;
+  const cli = new Cli(["run", "--memory", "256M", "--workload", fio, "--json", json], limited(limit));
+  await cli.said("running fio");
+  await sleep(6000);
+  assert.equal(cli.child.exitCode, null, "the run goes on");
+  execFileSync("prlimit", ["--pid", String(cli.pid), `--memlock=${64 * 2 ** 20}`]);
+  const ended = await cli.ended;
+  assert.equal(ended.code, 0, ended.stderr);
+  const { default: result } = await import(json, { with: { type: "json" } });
+  assert.ok(result.pins.refused > 0, "some pins were refused");
+  assert.deepEqual([result.workload.verified, result.workload.errors, result.dma.faults], [true, 0, 0]);
+  assert.equal(result.maps.liveAtEnd, 0);
+});

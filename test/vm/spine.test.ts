@@ -1,0 +1,74 @@
+import assert from "node:assert/strict";
+import { test } from "node:test";
+import { demand, loadDrivers, readCounters, unbindDisk } from "../../src/control/guest-side.ts";
+import { parseFioWorkload, runFio } from "../../src/machine/qemu/fio.ts";
+import { ensureGuest } from "../../src/machine/qemu/guest.ts";
+import { bootedVm, eventually, pinnedPages, twoPasses } from "./support.ts";
+
+test("a guest's disk is pinned precisely, unpinned lazily, and loses nothing", async (t) => {
+  const before = pinnedPages();
+  const vm = await bootedVm(t);
+  const { agent } = vm.qemu;
+
+  const written = await runFio(agent, parseFioWorkload("fio:rw=randwrite,bs=4k,iodepth=32,seconds=3"));
+  assert.deepEqual([written.verified, written.errors], [true, 0]);
+  const read = await runFio(agent, parseFioWorkload("fio:rw=randread,bs=16k,iodepth=8,seconds=3"));
+  assert.equal(read.errors, 0);
+  assert.ok(written.ops > 0 && read.ops > 0);
+
+  const busy = await readCounters(agent);
+  assert.ok(busy.map! > written.ops, "every request is mapped at least once");
+  assert.ok(busy.pin_requests! < busy.map! / 10, "most maps find their frames pinned");
+  assert.equal(vm.pins.pinRequests, busy.pin_requests, "the device has served what the driver has asked");
+
+  await unbindDisk(agent);
+  const idle = await readCounters(agent);
+  assert.deepEqual([idle.live_frames, idle.live_refs, idle.underflow], [0, 0, 0]);
+  assert.equal(idle.frames_mapped, idle.frames_unmapped);
+  assert.deepEqual([idle.pin_refused, vm.pins.pinRequestsRefused], [0, 0]);
+  assert.deepEqual([vm.disk.faults, vm.disk.errors], [0, 0]);
+
+  await twoPasses(vm);
+  assert.equal(vm.pins.framesNow, 0, "every frame is unpinned after two idle intervals");
+  assert.equal(vm.pins.framesPinned, vm.pins.framesUnpinned);
+  assert.ok(await eventually(() => pinnedPages() === before, 5000), "the kernel counts no pin any more");
+
+  await demand(agent, "rmmod coiommu", "unloading the module");
+  await loadDrivers(agent, await ensureGuest(() => {}), "coiommu");
+});
+
+test("a module that is loaded after the disk's driver takes the disk over", async (t) => {
+  const vm = await bootedVm(t, { load: false });
+  const { agent } = vm.qemu;
+  const disk =
+    "i=0; while [ ! -b /dev/vda ] && [ $i -lt 200 ]; do i=$((i+1)); usleep 50000; done; [ -b /dev/vda ]";
+  await demand(agent, `modprobe virtio_pci; modprobe virtio_blk; ${disk}`, "loading the disk's driver alone");
+  await demand(agent, "dd if=/dev/vda of=/dev/null bs=64k count=16 iflag=direct", "reading untracked");
+  assert.ok(vm.pins.framesFirmware > 256, "what the disk touches before is pinned at that moment");
+  await demand(agent, `modprobe coiommu; ${disk}`, "loading the module late");
+  const read = await runFio(agent, parseFioWorkload("fio:rw=randread,bs=4k,iodepth=4,seconds=1"));
+  assert.equal(read.errors, 0);
+  assert.equal(vm.disk.faults, 0);
+  const counters = await readCounters(agent);
+  assert.ok(counters.map! >= read.ops);
+});
+
+test("a buffer that bounces is tracked where the device touches it", async (t) => {
+  const vm = await bootedVm(t, { append: ["swiotlb=force"] });
+  const { agent } = vm.qemu;
+  const written = await runFio(agent, parseFioWorkload("fio:rw=randwrite,bs=4k,iodepth=8,seconds=1,size=8M"));
+  assert.deepEqual([written.verified, written.errors, vm.disk.faults], [true, 0, 0]);
+  const counters = await readCounters(agent);
+  assert.ok(counters.bounced! > written.ops);
+});
+
+test("the DMA fault oracle catches an unpinner that does not look at COUNT", async (t) => {
+  const vm = await bootedVm(t, { backendEntry: new URL("./broken-unpinner.ts", import.meta.url) });
+  // The disk faults on frames that are mapped, so the guest's requests fail or hang: only the oracle is asked.
+  const fio = runFio(vm.qemu.agent, parseFioWorkload("fio:rw=randread,bs=4k,iodepth=32,seconds=3")).catch(
+    () => {},
+  );
+  assert.ok(await eventually(() => vm.disk.faults > 0, 60_000), "no DMA fault was seen");
+  await vm.close();
+  await fio;
+});

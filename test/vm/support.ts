@@ -1,0 +1,80 @@
+import { existsSync, readdirSync, readFileSync } from "node:fs";
+import type { TestContext } from "node:test";
+import { setTimeout as sleep } from "node:timers/promises";
+import { milliseconds } from "../../src/base/units.ts";
+import { loadDrivers } from "../../src/control/guest-side.ts";
+import { Vm, type VmOptions } from "../../src/control/vm.ts";
+import { StatusField } from "../../src/host/process-status.ts";
+import { ensureGuest } from "../../src/machine/qemu/guest.ts";
+
+export const INTERVAL_MS = 300;
+
+/** Start a guest with our module and the disk's driver loaded, or without; it ends with the test. */
+export async function bootedVm(
+  t: TestContext,
+  { load = true, ...overrides }: Partial<VmOptions> & { load?: boolean } = {},
+): Promise<Vm> {
+  const options: VmOptions = {
+    guest: await ensureGuest((text) => t.diagnostic(text)),
+    memoryMiB: 512,
+    cpus: 2,
+    accel: "auto",
+    strategy: "coiommu",
+    policy: "lru",
+    interval: milliseconds(INTERVAL_MS),
+    quota: Number.POSITIVE_INFINITY,
+    pinner: "io_uring",
+    disk: { sizeMiB: 128 },
+    ...overrides,
+  };
+  const vm = await Vm.start(options);
+  t.after(() => vm.close());
+  await vm.resume();
+  await vm.qemu.agent.hello(90_000);
+  if (load) await loadDrivers(vm.qemu.agent, options.guest, options.strategy);
+  return vm;
+}
+
+/** Wait until `condition` holds; false when it does not in time. */
+export async function eventually(condition: () => boolean, timeoutMs = 30_000): Promise<boolean> {
+  for (let waited = 0; !condition(); waited += 50) {
+    if (waited >= timeoutMs) return false;
+    await sleep(50);
+  }
+  return true;
+}
+
+/** Two whole unpin passes that began after this call. */
+export const twoPasses = (vm: Vm): Promise<boolean> => {
+  const wanted = vm.pins.passes + 3; // the third begins when the second has ended
+  return eventually(() => vm.pins.passes >= wanted);
+};
+
+/** Pages that the kernel counts as pinned by this process. */
+export function pinnedPages(): number {
+  const field = new StatusField("VmPin");
+  try {
+    return field.read() / 4;
+  } finally {
+    field.close();
+  }
+}
+
+/** Descendants of a process whose command line holds `text`. */
+export function childrenOf(pid: number, text: string): number[] {
+  const read = (file: string) => {
+    try {
+      return readFileSync(file, "latin1");
+    } catch {
+      return ""; // it has ended
+    }
+  };
+  const threads = existsSync(`/proc/${pid}/task`) ? readdirSync(`/proc/${pid}/task`) : [];
+  const children = threads.flatMap((thread) =>
+    read(`/proc/${pid}/task/${thread}/children`).split(" ").filter(Boolean).map(Number),
+  );
+  return children.flatMap((child) => [
+    ...(read(`/proc/${child}/cmdline`).includes(text) ? [child] : []),
+    ...childrenOf(child, text),
+  ]);
+}
