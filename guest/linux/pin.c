@@ -20,6 +20,11 @@
 
 /* A host that takes longer is taken for dead: the CPU spins all that time. */
 #define PIN_WAIT_MS		5000
+/*
+ * Notifications get lost: QEMU 7.2 drops an access to an x-pci-proxy-dev while
+ * another CPU has one under way ("Blocked re-entrant IO").
+ */
+#define RENOTIFY_MS		10
 /* How many polls between two looks at the clock, which may be slow to read. */
 #define POLLS_PER_CLOCK		256
 
@@ -126,19 +131,25 @@ static void count_status(u8 status)
 /* Length that the device wrote, or -ETIMEDOUT. */
 static int await_answer(void)
 {
+	ktime_t deadline = 0, renotify = 0;
 	unsigned int len, polls = 0;
-	ktime_t deadline = 0;
 
 	while (!virtqueue_get_buf(requests.vq, &len)) {
-		if (polls++ % POLLS_PER_CLOCK == 0) {
-			ktime_t now = ktime_get();
+		ktime_t now;
 
-			if (!deadline)
-				deadline = ktime_add_ms(now, PIN_WAIT_MS);
-			if (ktime_after(now, deadline) || virtqueue_is_broken(requests.vq))
-				return -ETIMEDOUT;
-		}
 		cpu_relax();
+		if (polls++ % POLLS_PER_CLOCK)
+			continue;
+		now = ktime_get();
+		if (!deadline)
+			deadline = ktime_add_ms(now, PIN_WAIT_MS);
+		else if (ktime_after(now, renotify))
+			virtqueue_notify(requests.vq);
+		else
+			continue;
+		renotify = ktime_add_ms(now, RENOTIFY_MS);
+		if (ktime_after(now, deadline) || virtqueue_is_broken(requests.vq))
+			return -ETIMEDOUT;
 	}
 	return len;
 }

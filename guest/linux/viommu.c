@@ -114,8 +114,9 @@ static int activate(struct virtio_device *vdev)
 	ret = coiommu_hooks_begin(viommu.assigned, vdev->dev.parent);
 	if (!ret)
 		ret = turn_pin_on(vdev);
-	coiommu_hooks_end(!ret);
-	return ret;
+	if (ret)
+		coiommu_hooks_end(false);
+	return ret;	/* see viommu_scan() */
 }
 
 static int start(struct virtio_device *vdev)
@@ -204,6 +205,16 @@ unclaim:
 }
 
 /*
+ * Called when the core is done with the device after a probe that succeeded. Not
+ * earlier, so that no PIN request of another CPU meets the core's last look at
+ * the device's status: see RENOTIFY_MS.
+ */
+static void viommu_scan(struct virtio_device *vdev)
+{
+	coiommu_hooks_end(true);
+}
+
+/*
  * With functions still hooked (the module stays then, but a device can be
  * unbound or unplugged at any time), this fails closed: the table stays, so that
  * what is mapped can be unmapped, and P is forgotten in all of it, so that no
@@ -254,6 +265,7 @@ static struct virtio_driver viommu_driver = {
 	.feature_table		= features,
 	.feature_table_size	= ARRAY_SIZE(features),
 	.probe			= viommu_probe,
+	.scan			= viommu_scan,
 	.remove			= viommu_remove,
 #ifdef CONFIG_PM_SLEEP
 	.freeze			= viommu_freeze,

@@ -85,10 +85,11 @@ export class WorkerHost {
   constructor(entry: URL, data: object, onEvent: (event: WorkerEvent) => void) {
     const { port1, port2 } = new MessageChannel();
     this.#port = port1 as unknown as MessagePort;
-    this.#port.on("message", (message: Message) => {
+    const hear = (message: Message) => {
       if ("event" in message) onEvent(message.event);
       else this.#settle(message);
-    });
+    };
+    this.#port.on("message", hear);
     this.#worker = new Worker(entry, {
       workerData: { ...data, wakeFd: this.#wake.fd, port: port2 },
       transferList: [port2],
@@ -99,6 +100,9 @@ export class WorkerHost {
     });
     this.ended = new Promise((resolve) => {
       this.#worker.on("exit", () => {
+        // What it said last may come after the news of its end.
+        for (let m = receiveMessageOnPort(this.#port); m; m = receiveMessageOnPort(this.#port))
+          hear(m.message);
         this.#die(failure ?? new Error("the worker has ended"));
         resolve(failure);
       });

@@ -56,9 +56,11 @@ async function measure(
     await loadDrivers(agent, options.guest, options.strategy);
     progress(`running ${options.workload.text}`);
     const tracked = options.strategy === "coiommu";
-    const steadyFrom = tracked ? countersAfter(agent, 1) : null;
-    const workload = await runWorkload(agent, options.workload);
-    const [first, last] = [await steadyFrom, tracked ? await readCounters(agent) : null];
+    const [workload, first] = await Promise.all([
+      runWorkload(agent, options.workload),
+      tracked ? countersAfter(agent, 1) : null,
+    ]);
+    const last = tracked ? await readCounters(agent) : null;
     const end = pinsOf(vm, options);
     await unbindDisk(agent);
     const final = tracked ? await readCounters(agent) : null;

@@ -217,4 +217,3 @@ test("a frame whose release was refused is not taken for pinned when other memor
   assert.equal(m.tracker.pin([{ gfn: 4100, nrFrames: 1 }]), OK);
   assert.ok(m.pinner.isPinned(elsewhere + 4100 * 4096), "the page that backs the frame now is pinned");
 });
-

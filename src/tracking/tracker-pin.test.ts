@@ -163,4 +163,3 @@ test("while unpinning is parked, nothing is unpinned for a request either", () =
   m.tracker.unpark();
   assert.equal(m.tracker.pin([{ gfn: 3, nrFrames: 1 }]), OK);
 });
-

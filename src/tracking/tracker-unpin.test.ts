@@ -3,6 +3,7 @@ import test from "node:test";
 import { active, idle } from "../../test/support/machine.ts";
 import { LruPolicy } from "../policy/lru.ts";
 import { TU_ACCESSED as A, TU_PINNED as P } from "../wire/dtt.ts";
+import { VIRTIO_IOMMU_S_OK as OK } from "../wire/virtio-iommu.ts";
 
 const frames = (first: number, count: number) => Array.from({ length: count }, (_, i) => first + i);
 
