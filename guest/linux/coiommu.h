@@ -66,7 +66,7 @@ DECLARE_PER_CPU(struct coiommu_counters, coiommu_counters);
 void coiommu_debugfs_init(void);
 void coiommu_debugfs_exit(void);
 
-/* dtt.c: the table and its units. abi.md sections 1 and 2. */
+/* table.c: the DMA Tracking Table. abi.md section 1. */
 
 struct coiommu_dtt_usage {
 	u64 live_frames;	/* COUNT != 0 */
@@ -80,13 +80,15 @@ int coiommu_dtt_create(void);
 void coiommu_dtt_destroy(void);
 phys_addr_t coiommu_dtt_root(void);
 unsigned int coiommu_dtt_levels(void);
+void coiommu_dtt_forget_pins(void);
+int coiommu_dtt_for_each_live(int (*func)(const u64 *gfns, unsigned int nr, void *arg), void *arg);
+void coiommu_dtt_usage(struct coiommu_dtt_usage *usage);
+
+/* units.c: counting. abi.md section 2. */
 
 int coiommu_dtt_get(u64 gfn, u64 nr, bool *ask);
 u64 coiommu_dtt_put(u64 gfn, u64 nr);
 bool coiommu_dtt_pinned(u64 gfn);
-void coiommu_dtt_forget_pins(void);
-int coiommu_dtt_for_each_live(int (*func)(const u64 *gfns, unsigned int nr, void *arg), void *arg);
-void coiommu_dtt_usage(struct coiommu_dtt_usage *usage);
 
 /* dma_ops.c: the DMA API of a hooked function */
 

@@ -326,7 +326,7 @@ static void report(const struct coiommu_pin *pin)
 	if (pin->recovered)
 		pr_warn("the device answers again\n");
 	if (pin->error == -ETIMEDOUT)
-		pr_err("the device does not answer a PIN request: until it does, mappings of frames that are not pinned fail\n");
+		pr_err("the device does not answer: new mappings fail until it does\n");
 	else if (pin->error)
 		pr_warn_ratelimited("%02x:%02x.%x: PIN of %u frames refused: %s (%d)\n",
 				    PCI_BUS_NUM(pin->endpoint), PCI_SLOT(devfn), PCI_FUNC(devfn),

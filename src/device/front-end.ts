@@ -3,6 +3,7 @@ import type { Gpa } from "../base/units.ts";
 import { GuestMemory } from "../memory/guest-memory.ts";
 import { DriverQueue, layoutAt } from "../virtio/driver-queue.ts";
 import { VIRTIO_F_VERSION_1 } from "../wire/pci.ts";
+import type { Value } from "../wire/struct.ts";
 import * as wire from "../wire/vhost-user.ts";
 import type { DevicePorts } from "./ports.ts";
 
@@ -11,6 +12,14 @@ const { VhostUserHeader: Header, VhostUserU64: U64 } = wire;
 /** Where the front-end claims to have the guest's RAM mapped. */
 export const USER_ADDRESS = 0x7f00_0000_0000;
 const SOCKET_FD = 3;
+
+/** Payload of SET_MEM_TABLE. */
+export function memoryTable(...regions: Value<typeof wire.MemoryTableRegion.fields>[]) {
+  const payload = new Uint8Array(wire.memoryTableSize(regions.length));
+  wire.MemoryTableHead.write(payload, { count: regions.length });
+  regions.forEach((region, i) => void wire.MemoryTableRegion.write(payload, region, wire.memoryTableSize(i)));
+  return payload;
+}
 
 /**
  * The other side of a vhost-user back-end, in memory: a VMM with a guest of one RAM region, the host's ports, and an
@@ -111,17 +120,6 @@ export class FrontEnd {
     return reply && U64.read(reply).value;
   }
 
-  /** A memory table of the given regions; fds are added, one for each. */
-  memoryTable(regions: { gpa: number; size: number; userAddress: number; mmapOffset: number }[]): boolean {
-    const payload = new Uint8Array(wire.memoryTableSize(regions.length));
-    wire.MemoryTableHead.write(payload, { count: regions.length });
-    regions.forEach((region, i) => {
-      wire.MemoryTableRegion.write(payload, region, wire.memoryTableSize(i));
-    });
-    const fds = regions.map(() => this.newFd());
-    return this.acknowledged(wire.VHOST_USER_SET_MEM_TABLE, payload, fds);
-  }
-
   /** All that QEMU does until the features and the guest's RAM are settled. */
   negotiate(features = 1n << BigInt(VIRTIO_F_VERSION_1)): void {
     this.u64(wire.VHOST_USER_GET_FEATURES);
@@ -129,7 +127,8 @@ export class FrontEnd {
     this.u64(wire.VHOST_USER_SET_PROTOCOL_FEATURES, offered);
     this.send(wire.VHOST_USER_SET_OWNER);
     this.u64(wire.VHOST_USER_SET_FEATURES, features | (1n << BigInt(wire.VHOST_USER_F_PROTOCOL_FEATURES)));
-    this.memoryTable([{ gpa: 0, size: this.ram.length, userAddress: USER_ADDRESS, mmapOffset: 0 }]);
+    const region = { gpa: 0, size: this.ram.length, userAddress: USER_ADDRESS, mmapOffset: 0 };
+    this.send(wire.VHOST_USER_SET_MEM_TABLE, memoryTable(region), [this.newFd()]);
   }
 
   /** A ring of 16 entries at `gpa`, running, with its driver's side and a kick that the back-end serves at once. */

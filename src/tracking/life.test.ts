@@ -1,6 +1,6 @@
 import assert from "node:assert/strict";
 import test from "node:test";
-import { type Life, type LifeEvent, nextLife } from "./life.ts";
+import { initialLife, type Life, type LifeEvent, nextLife } from "./life.ts";
 
 /** docs/abi.md section 4, as far as events exist for it. */
 const table: Record<Life, Record<LifeEvent, Life>> = {
@@ -27,4 +27,11 @@ const table: Record<Life, Record<LifeEvent, Life>> = {
 
 for (const [life, row] of Object.entries(table) as [Life, Record<LifeEvent, Life>][])
   for (const [event, next] of Object.entries(row) as [LifeEvent, Life][])
-    test(`${life} --${event}--> ${next}`, () => assert.equal(nextLife(life, event), next));
+    test(`${life} --${event}--> ${next}`, () =>
+      assert.equal(nextLife(life, event, life === "static" ? "all" : "bios"), next));
+
+test("a machine reset leads back to where power-on began", () => {
+  for (const before of ["bios", "none", "all"] as const)
+    assert.equal(nextLife("tracked", "machine-reset", before), initialLife(before));
+  assert.deepEqual([initialLife("all"), initialLife("bios")], ["static", "undecided"]);
+});

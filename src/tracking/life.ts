@@ -9,8 +9,14 @@
 export type Life = "undecided" | "tracked" | "frozen" | "static";
 export type LifeEvent = "pin-on" | "pin-off" | "device-reset" | "machine-reset";
 
-export function nextLife(life: Life, event: LifeEvent): Life {
-  if (event === "machine-reset") return life === "static" ? "static" : "undecided";
+/** `--before-activation`: what is pinned while the guest is undecided. */
+export type BeforeActivation = "bios" | "all" | "none";
+
+/** The state at power-on and after a machine reset. */
+export const initialLife = (before: BeforeActivation): Life => (before === "all" ? "static" : "undecided");
+
+export function nextLife(life: Life, event: LifeEvent, before: BeforeActivation): Life {
+  if (event === "machine-reset") return initialLife(before);
   if (event === "pin-on") return "tracked";
   return life === "tracked" ? "frozen" : life;
 }

@@ -3,6 +3,7 @@ import test from "node:test";
 import { FakeClock } from "../../test/support/clock.ts";
 import { InvariantViolation } from "../base/errors.ts";
 import { type Gfn, milliseconds } from "../base/units.ts";
+import { SharedWords } from "../memory/shared-words.ts";
 import { createIommuBuffer, DEVICES_MAX, DeviceGate, SoftwareIommu } from "./software-iommu.ts";
 
 const FRAMES = 4096;
@@ -127,6 +128,17 @@ test("while nothing is granted, and beyond the table, the backend is not even as
   assert.equal(gate.request(frame(FRAMES)), false);
   iommu.setGranting(false);
   assert.equal(gate.request(frame(1)), false);
+  assert.equal(asked, 0);
+});
+
+test("a backend that does not answer in time has refused, and does not answer that request later", (t) => {
+  let asked = 0;
+  const buffer = createIommuBuffer(FRAMES);
+  const backend = new SoftwareIommu(buffer, new FakeClock());
+  backend.setGranting(true);
+  t.mock.method(SharedWords.prototype, "wait", () => "timed-out");
+  assert.equal(new DeviceGate(buffer, 0, () => {}).request(frame(9)), false);
+  backend.serveRequests(() => ++asked > 0);
   assert.equal(asked, 0);
 });
 

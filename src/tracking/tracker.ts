@@ -3,7 +3,7 @@ import { HostError } from "../base/errors.ts";
 import { FrameIndex, grown } from "../base/frame-index.ts";
 import { FRAME_SIZE, GFN_LIMIT, type Gfn, type Gpa, gpaOf, type Nanoseconds } from "../base/units.ts";
 import type { Counters } from "../memory/counters.ts";
-import type { GuestMemory, GuestRegion } from "../memory/guest-memory.ts";
+import { GuestMemory, type GuestRegion } from "../memory/guest-memory.ts";
 import { type Claim, GfnBuffer, type UnpinPolicy } from "../policy/policy.ts";
 import {
   VIRTIO_IOMMU_S_FAULT,
@@ -14,9 +14,10 @@ import {
   VIRTIO_IOMMU_S_UNSUPP,
 } from "../wire/virtio-iommu.ts";
 import { DmaTrackingTable, NO_UNIT, type Unit } from "./dtt.ts";
-import { Ledger, NO_TABLE } from "./ledger.ts";
-import { type Life, type LifeEvent, nextLife } from "./life.ts";
+import { type Ledger, NO_TABLE } from "./ledger.ts";
+import { type BeforeActivation, initialLife, type Life, type LifeEvent, nextLife } from "./life.ts";
 import type { Pinner } from "./pinner.ts";
+import { Pins } from "./pins.ts";
 import type { SoftwareIommu } from "./software-iommu.ts";
 import { StaticPins } from "./static-pins.ts";
 
@@ -43,8 +44,6 @@ export type TrackingCounters = Counters<(typeof TRACKING_COUNTERS)[number]>;
 const SLICE_FRAMES = 256;
 /** The low 1 MiB, where firmware keeps what it lets devices touch. */
 const FIRMWARE_WINDOW_FRAMES = 256;
-/** `--before-activation`: abi.md section 4, row "undecided". */
-export type BeforeActivation = "bios" | "all" | "none";
 
 export interface TrackerOptions {
   readonly memory: GuestMemory;
@@ -66,7 +65,8 @@ export interface TrackerOptions {
  */
 export class Tracker {
   readonly #o: TrackerOptions;
-  readonly #ledger = new Ledger();
+  readonly #pins: Pins;
+  readonly #ledger: Ledger;
   readonly #static: StaticPins;
   #table: DmaTrackingTable | undefined;
   #life: Life;
@@ -80,16 +80,15 @@ export class Tracker {
   #gfns = new Float64Array(256);
   #units = new Float64Array(256);
   readonly #fresh = new FrameIndex();
-  #addresses = new Float64Array(256);
-  #handles = new Int32Array(256);
   // Scratch of a slice, which may run inside a request that needs room.
   readonly #candidates = new GfnBuffer(SLICE_FRAMES);
   readonly #claimed = new GfnBuffer(SLICE_FRAMES);
-  readonly #claimedHandles = new Int32Array(SLICE_FRAMES);
 
   constructor(options: TrackerOptions) {
     this.#o = options;
-    this.#life = options.beforeActivation === "all" ? "static" : "undecided";
+    this.#life = initialLife(options.beforeActivation);
+    this.#pins = new Pins(options);
+    this.#ledger = this.#pins.ledger;
     this.#static = new StaticPins(options.memory, options.pinner, options.iommu);
     options.counters.startedAt = options.counters.changedAt = options.clock.now();
     options.iommu.setGranting(this.#granting);
@@ -103,7 +102,7 @@ export class Tracker {
   }
   /** Frames pinned now, statically or on request. */
   get pinned(): number {
-    return this.#ledger.size + this.#static.frames;
+    return this.#pins.size + this.#static.frames;
   }
   get parked(): boolean {
     return this.#parks > 0;
@@ -119,21 +118,21 @@ export class Tracker {
    * state wants pinned without a request is pinned. Throws HostError when that fails; the memory is known all the same.
    */
   setMemory(regions: readonly GuestRegion[]): void {
+    this.#drop(this.#backedOtherwise(regions));
+    this.#o.memory.setRegions(regions);
+    this.#pins.releaseOrphans();
+    this.#pinUnasked();
+  }
+
+  /** Frames held that `regions` would back with other memory, or with none. */
+  #backedOtherwise(regions: readonly GuestRegion[]): Gfn[] {
     const { memory } = this.#o;
-    const lost: Gfn[] = [];
-    const before = new Map<Gfn, number>();
-    if (memory.regions.some((r) => !regions.some((n) => covers(n, r))))
-      for (const gfn of this.#ledger.frames()) before.set(gfn, memory.hostAddress(gpaOf(gfn)));
-    memory.setRegions(regions);
-    for (const [gfn, address] of before)
-      if (!memory.find(gpaOf(gfn), FRAME_SIZE) || memory.hostAddress(gpaOf(gfn)) !== address) lost.push(gfn);
-    this.#releaseFrames(lost);
-    try {
-      if (this.#life === "static") this.#o.counters.framesPinned += this.#static.cover();
-      else if (this.#granting) this.#pinFirmwareWindow();
-    } finally {
-      this.#changed();
-    }
+    if (memory.regions.every((r) => regions.some((n) => covers(n, r)))) return [];
+    const next = new GuestMemory(regions);
+    return [...this.#ledger.frames()].filter((gfn) => {
+      const gpa = gpaOf(gfn);
+      return !next.find(gpa, FRAME_SIZE) || next.hostAddress(gpa) !== memory.hostAddress(gpa);
+    });
   }
 
   /** PIN on. False when the table is not valid. */
@@ -159,13 +158,10 @@ export class Tracker {
     this.#table = undefined;
     this.#passAt = undefined;
     this.#enter("machine-reset");
-    if (this.#life !== "undecided") return;
-    this.#releaseFrames([...this.#ledger.frames()]);
-    try {
-      if (this.#granting) this.#pinFirmwareWindow();
-    } finally {
-      this.#changed();
-    }
+    const frames = [...this.#ledger.frames()];
+    this.#pins.drop(frames);
+    this.#o.counters.framesUnpinned += frames.length;
+    this.#pinUnasked();
   }
 
   park(): void {
@@ -236,7 +232,8 @@ export class Tracker {
       const tight = this.pinned + this.#fresh.size > this.#o.quota;
       if (!tight) {
         try {
-          this.#pinCollected(this.#generation);
+          this.#pins.pin([...this.#fresh], this.#generation);
+          this.#o.counters.framesPinned += this.#fresh.size;
           return VIRTIO_IOMMU_S_OK;
         } catch (error) {
           if (!(error instanceof HostError)) throw error;
@@ -256,27 +253,6 @@ export class Tracker {
     }
   }
 
-  /** Throws HostError; then nothing is pinned. */
-  #pinCollected(generation: number): void {
-    const { memory, pinner, iommu, policy, clock, counters } = this.#o;
-    const count = this.#fresh.size;
-    if (count === 0) return;
-    this.#addresses = grown(this.#addresses, count);
-    this.#handles = grown(this.#handles, count);
-    const gfns = [...this.#fresh];
-    gfns.forEach((gfn, i) => {
-      this.#addresses[i] = memory.hostAddress(gpaOf(gfn));
-    });
-    pinner.pin(this.#addresses, count, this.#handles);
-    const now = clock.now();
-    gfns.forEach((gfn, i) => {
-      this.#ledger.add(gfn, this.#handles[i]!, generation);
-      iommu.allow(gfn);
-      policy.pinned(gfn, now);
-    });
-    counters.framesPinned += count;
-  }
-
   // --- unpin -----------------------------------------------------------------------------------------------------
 
   /** Begin an unpin pass, unless one is under way or there is nothing that may be unpinned. */
@@ -286,6 +262,7 @@ export class Tracker {
     this.#passMapped = 0;
     this.#o.counters.passes++;
     this.sampleKernel();
+    this.#pins.releaseOrphans();
   }
 
   /** One slice of the pass. True while there is more. */
@@ -301,7 +278,7 @@ export class Tracker {
   }
 
   #slice(now: Nanoseconds): boolean {
-    const { policy, iommu, pinner, counters } = this.#o;
+    const { policy, counters } = this.#o;
     this.#candidates.clear();
     policy.candidates(now, { framesMax: SLICE_FRAMES }, this.#candidates);
     this.#claimed.clear();
@@ -309,40 +286,31 @@ export class Tracker {
       const gfn = this.#candidates.at(i);
       const outcome = this.#claim(gfn);
       if (outcome === "mapped") this.#passMapped++;
-      if (outcome !== "claimed") {
-        policy.tried(gfn, outcome, now);
-        continue;
-      }
-      iommu.revoke(gfn);
-      this.#claimedHandles[this.#claimed.length] = this.#ledger.handle(gfn);
-      this.#claimed.push(gfn);
+      if (outcome === "claimed") this.#claimed.push(gfn);
+      else policy.tried(gfn, outcome, now);
     }
-    const count = this.#claimed.length;
-    const released = count > 0 && iommu.quiesce() ? pinner.release(this.#claimedHandles, count) : 0;
-    for (let i = 0; i < count; i++) {
-      const gfn = this.#claimed.at(i);
-      if (i < released) this.#ledger.remove(gfn);
-      else this.#unclaim(gfn);
-      policy.tried(gfn, i < released ? "claimed" : "refused", now);
-    }
-    counters.framesUnpinned += released;
+    const unpinned = this.#pins.unpin(this.#claimed, now);
+    for (let i = unpinned; i < this.#claimed.length; i++) this.#unclaim(this.#claimed.at(i));
+    counters.framesUnpinned += unpinned;
     return this.#candidates.length > 0;
   }
 
   #claim(gfn: Gfn): Claim {
     const table = this.#table;
     if (!table || !this.#ledger.has(gfn)) return "gone";
+    const foreign = this.#ledger.generation(gfn) !== this.#generation;
+    // abi.md section 3: "PIN on without COMPLETE: ... unpin only frames that this table once claimed."
+    if (foreign && !this.#complete) return "mapped";
     const unit = table.walk(gfn);
     const outcome = unit === NO_UNIT ? "not-pinned" : table.claimForUnpin(unit);
     if (outcome !== "not-pinned") return outcome;
-    // P is clear, so the driver does not rely on this pin. It is of firmware, or of an earlier table: with COMPLETE
-    // it may go. One that this table claimed has had its P cleared by the guest: abi.md section 4 keeps it.
-    return this.#complete && this.#ledger.generation(gfn) !== this.#generation ? "claimed" : "mapped";
+    // P is clear, so the driver does not rely on this pin. One of firmware, or of an earlier table, may go. One that
+    // this table claimed has had its P cleared by the guest: abi.md section 4 keeps it.
+    return foreign ? "claimed" : "mapped";
   }
 
   /** Take a claim back: the page is still pinned. */
   #unclaim(gfn: Gfn): void {
-    this.#o.iommu.allow(gfn);
     const unit = this.#table?.walk(gfn) ?? NO_UNIT;
     if (unit !== NO_UNIT && this.#ledger.generation(gfn) === this.#generation) this.#table?.setPinned(unit);
   }
@@ -381,28 +349,30 @@ export class Tracker {
   #pinFirmware(gfn: Gfn): boolean {
     if (this.#ledger.has(gfn)) return true;
     if (!this.#o.memory.find(gpaOf(gfn), FRAME_SIZE)) return false;
-    this.#gfns[0] = gfn;
-    this.#collectFresh(1);
-    this.#pinCollected(NO_TABLE);
+    this.#pins.pin([gfn], NO_TABLE);
+    this.#o.counters.framesPinned++;
     this.#o.counters.framesFirmware++;
     return true;
   }
 
-  /** Release frames whatever their units say: they are no longer RAM, or the machine was reset. */
-  #releaseFrames(gfns: readonly Gfn[]): void {
-    const { iommu, pinner, policy, clock, counters } = this.#o;
-    for (const gfn of gfns) iommu.revoke(gfn);
-    const quiet = gfns.length === 0 || iommu.quiesce();
-    for (const gfn of gfns) {
-      this.#handles[0] = this.#ledger.handle(gfn);
-      if (!quiet || pinner.release(this.#handles, 1) !== 1) {
-        iommu.allow(gfn);
-        continue;
-      }
-      this.#ledger.remove(gfn);
-      policy.tried(gfn, "gone", clock.now());
-      counters.framesUnpinned++;
+  /** Pin what the state wants pinned without a request. Throws HostError. */
+  #pinUnasked(): void {
+    try {
+      if (this.#life === "static") this.#o.counters.framesPinned += this.#static.cover();
+      else if (this.#granting) this.#pinFirmwareWindow();
+    } finally {
+      this.#changed();
     }
+  }
+
+  /** Let go of frames that will not be RAM; their P goes too, so that the guest asks should they come back. */
+  #drop(gfns: readonly Gfn[]): void {
+    for (const gfn of gfns) {
+      const unit = this.#table?.walk(gfn) ?? NO_UNIT;
+      if (unit !== NO_UNIT) this.#table?.clearPinned(unit);
+    }
+    this.#pins.drop(gfns);
+    this.#o.counters.framesUnpinned += gfns.length;
   }
 
   // --- accounts --------------------------------------------------------------------------------------------------
@@ -414,7 +384,7 @@ export class Tracker {
   }
 
   #enter(event: LifeEvent): void {
-    this.#life = nextLife(this.#life, event);
+    this.#life = nextLife(this.#life, event, this.#o.beforeActivation);
     this.#o.iommu.setGranting(this.#granting);
   }
 

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
  * The DMA Tracking Table: a radix tree over guest frames, shared with the host,
- * with one 32-bit tracking unit per frame. abi.md sections 1 and 2.
+ * with one 32-bit tracking unit per frame. abi.md section 1.
  *
  * Maps run in atomic context, so every leaf that system RAM needs exists before
  * the first of them, and none is freed while the table is in use. That costs
@@ -18,28 +18,16 @@
 #include <linux/mutex.h>
 #include <linux/pfn.h>
 
-#include "coiommu.h"
-
-#define LEAF_UNITS	(1u << COIOMMU_LEAF_BITS)
-#define TABLE_ENTRIES	(1u << COIOMMU_ENTRY_BITS)
-#define ENTRY_ADDRESS	GENMASK_ULL(51, 12)
+#include "dtt.h"
 
 static_assert(PAGE_SIZE == COIOMMU_TABLE_SIZE);
-static_assert(sizeof(atomic_t) == COIOMMU_UNIT_SIZE);
 static_assert(LEAF_UNITS * COIOMMU_UNIT_SIZE == COIOMMU_TABLE_SIZE);
 static_assert(TABLE_ENTRIES * COIOMMU_ENTRY_SIZE == COIOMMU_TABLE_SIZE);
 
+struct coiommu_dtt coiommu_dtt;
+
 /* Held while the table is created, destroyed or surveyed. Mappings need no lock. */
 static DEFINE_MUTEX(dtt_lock);
-
-static struct {
-	void *root;
-	unsigned int levels;
-	unsigned int top_shift;		/* of the root's index, if the root is no leaf */
-	unsigned int gfn_bits;		/* what the levels can index */
-	u32 count_max;
-	atomic_long_t pages;
-} dtt;
 
 /* Index of level 2 and up; level 1 is indexed by the low COIOMMU_LEAF_BITS. */
 static inline unsigned int level_shift(unsigned int level)
@@ -47,59 +35,25 @@ static inline unsigned int level_shift(unsigned int level)
 	return COIOMMU_LEAF_BITS + COIOMMU_ENTRY_BITS * (level - 2);
 }
 
-static inline void *entry_table(u64 entry)
-{
-	return entry & COIOMMU_ENTRY_PRESENT ? phys_to_virt(entry & ENTRY_ADDRESS) : NULL;
-}
-
-/*
- * ORDERING: the address dependency through READ_ONCE() orders the load of an
- * entry before any access to the table it points to.
- * PAIRS WITH: the cmpxchg64() in make_table().
- */
-static atomic_t *find_unit(u64 gfn)
-{
-	unsigned int shift = dtt.top_shift;
-	void *table = dtt.root;
-
-	if (unlikely(gfn >> dtt.gfn_bits))
-		return NULL;
-
-	for (; shift >= COIOMMU_LEAF_BITS; shift -= COIOMMU_ENTRY_BITS) {
-		u64 *entries = table;
-
-		table = entry_table(READ_ONCE(entries[(gfn >> shift) & (TABLE_ENTRIES - 1)]));
-		if (unlikely(!table))
-			return NULL;
-	}
-	return (atomic_t *)table + (gfn & (LEAF_UNITS - 1));
-}
-
-/* The unit of @gfn, given that of @gfn - 1 or NULL. */
-static inline atomic_t *next_unit(atomic_t *unit, u64 gfn)
-{
-	return unit && (gfn & (LEAF_UNITS - 1)) ? unit + 1 : find_unit(gfn);
-}
-
 static void *alloc_table(void)
 {
 	void *table = (void *)get_zeroed_page(GFP_KERNEL);
 
 	if (table)
-		atomic_long_inc(&dtt.pages);
+		atomic_long_inc(&coiommu_dtt.pages);
 	return table;
 }
 
 static void free_table(void *table)
 {
-	atomic_long_dec(&dtt.pages);
+	atomic_long_dec(&coiommu_dtt.pages);
 	free_page((unsigned long)table);
 }
 
 /*
  * ORDERING: the cmpxchg64() is fully ordered, hence also the release store that
  * abi.md section 1 asks for: who sees the entry sees a zeroed table.
- * PAIRS WITH: find_unit(), and the host's acquire loads in its walk of the table.
+ * PAIRS WITH: find_unit() in units.c, and the host's acquire loads in its walk of the table.
  */
 static void *make_table(u64 *entry)
 {
@@ -121,10 +75,10 @@ static void *make_table(u64 *entry)
 
 static int make_leaf(u64 gfn)
 {
-	void *table = dtt.root;
+	void *table = coiommu_dtt.root;
 	unsigned int level;
 
-	for (level = dtt.levels; level > 1; level--) {
+	for (level = coiommu_dtt.levels; level > 1; level--) {
 		u64 *entries = table;
 
 		table = make_table(&entries[(gfn >> level_shift(level)) & (TABLE_ENTRIES - 1)]);
@@ -140,7 +94,7 @@ static int make_leaves(u64 first, u64 last)
 	u64 gfn;
 	int ret;
 
-	if (last >> dtt.gfn_bits)
+	if (last >> coiommu_dtt.gfn_bits)
 		return -ERANGE;
 	for (gfn = ALIGN_DOWN(first, LEAF_UNITS); gfn <= last; gfn += LEAF_UNITS) {
 		ret = make_leaf(gfn);
@@ -207,15 +161,15 @@ static void destroy_tables(void *table, unsigned int level)
 static void destroy(void)
 {
 	unregister_memory_notifier(&memory_nb);
-	destroy_tables(dtt.root, dtt.levels);
-	dtt.root = NULL;
+	destroy_tables(coiommu_dtt.root, coiommu_dtt.levels);
+	coiommu_dtt.root = NULL;
 }
 
 /* Caller: the host has let go of the table (device reset), and no function is hooked. */
 void coiommu_dtt_destroy(void)
 {
 	mutex_lock(&dtt_lock);
-	if (dtt.root)
+	if (coiommu_dtt.root)
 		destroy();
 	mutex_unlock(&dtt_lock);
 }
@@ -227,14 +181,14 @@ static int choose_geometry(void)
 
 	for_each_ram(&last, find_last_gfn);
 	bits = fls64(last);
-	dtt.levels = 1;
+	coiommu_dtt.levels = 1;
 	if (bits > COIOMMU_LEAF_BITS)
-		dtt.levels += DIV_ROUND_UP(bits - COIOMMU_LEAF_BITS, COIOMMU_ENTRY_BITS);
-	dtt.top_shift = level_shift(dtt.levels);
-	dtt.gfn_bits = dtt.top_shift + COIOMMU_ENTRY_BITS;
+		coiommu_dtt.levels += DIV_ROUND_UP(bits - COIOMMU_LEAF_BITS, COIOMMU_ENTRY_BITS);
+	coiommu_dtt.top_shift = level_shift(coiommu_dtt.levels);
+	coiommu_dtt.gfn_bits = coiommu_dtt.top_shift + COIOMMU_ENTRY_BITS;
 	/* Room for every CPU to count past the limit at once, before it sees that it did. */
-	dtt.count_max = COIOMMU_TU_COUNT - num_possible_cpus();
-	return dtt.levels > COIOMMU_LEVELS_MAX ? -ERANGE : 0;
+	coiommu_dtt.count_max = COIOMMU_TU_COUNT - num_possible_cpus();
+	return coiommu_dtt.levels > COIOMMU_LEVELS_MAX ? -ERANGE : 0;
 }
 
 /*
@@ -246,14 +200,14 @@ int coiommu_dtt_create(void)
 	int ret = 0;
 
 	mutex_lock(&dtt_lock);
-	if (dtt.root)
+	if (coiommu_dtt.root)
 		goto out;
 	ret = choose_geometry();
 	if (ret)
 		goto out;
 	ret = -ENOMEM;
-	dtt.root = alloc_table();
-	if (!dtt.root)
+	coiommu_dtt.root = alloc_table();
+	if (!coiommu_dtt.root)
 		goto out;
 	ret = register_memory_notifier(&memory_nb);
 	if (!ret)
@@ -267,113 +221,12 @@ out:
 
 phys_addr_t coiommu_dtt_root(void)
 {
-	return virt_to_phys(dtt.root);
+	return virt_to_phys(coiommu_dtt.root);
 }
 
 unsigned int coiommu_dtt_levels(void)
 {
-	return dtt.levels;
-}
-
-/*
- * Count one mapping down; false if there is none to count.
- *
- * ORDERING: fully ordered, so the mapping's last access comes before it. The
- * loop, because subtracting from COUNT 0 would borrow from the flags.
- * PAIRS WITH: the host's claimForUnpin in src/tracking, which fails until this
- * has made COUNT 0.
- *
- * With PIN_DIRTY this is also where D is set and W cleared, in the same RMW.
- */
-static inline bool put_unit(atomic_t *unit)
-{
-	int value = atomic_read(unit);
-
-	do {
-		if (!(value & COIOMMU_TU_COUNT))
-			return false;
-	} while (!atomic_try_cmpxchg(unit, &value, value - 1));
-	return true;
-}
-
-/**
- * coiommu_dtt_get - count a mapping up in the units of @nr frames
- * @gfn: first frame
- * @nr: how many
- * @ask: set to true if a frame is not pinned, else left alone
- *
- * On failure no unit has changed, except for A.
- *
- * ORDERING: COUNT goes up first (fully ordered RMW); P is then tested in the
- * value which that RMW read.
- * PAIRS WITH: the host's claimForUnpin in src/tracking, one CAS of the whole
- * word: if it comes first, P is clear here and the frame is asked for; if it
- * comes second, it sees COUNT != 0 and fails. abi.md section 2.
- */
-int coiommu_dtt_get(u64 gfn, u64 nr, bool *ask)
-{
-	atomic_t *unit = NULL;
-	u64 i;
-	int ret;
-
-	for (i = 0; i < nr; i++) {
-		u32 value;
-
-		unit = next_unit(unit, gfn + i);
-		if (unlikely(!unit)) {
-			coiommu_count(no_unit);
-			ret = -ENXIO;
-			goto undo;
-		}
-		value = atomic_inc_return(unit);
-		if (unlikely((value & COIOMMU_TU_COUNT) > dtt.count_max)) {
-			put_unit(unit);
-			coiommu_count(saturated);
-			ret = -EOVERFLOW;
-			goto undo;
-		}
-		/* Only a hint for the host's ageing; COUNT protects the frame. */
-		if (!(value & COIOMMU_TU_ACCESSED))
-			atomic_or(COIOMMU_TU_ACCESSED, unit);
-		if (!(value & COIOMMU_TU_PINNED))
-			*ask = true;
-	}
-	return 0;
-undo:
-	coiommu_dtt_put(gfn, i);
-	return ret;
-}
-
-/* Count a mapping down in the units of @nr frames; returns how many had one. */
-u64 coiommu_dtt_put(u64 gfn, u64 nr)
-{
-	atomic_t *unit = NULL;
-	u64 i, done = 0;
-
-	for (i = 0; i < nr; i++) {
-		unit = next_unit(unit, gfn + i);
-		if (likely(unit && put_unit(unit))) {
-			done++;
-			continue;
-		}
-		coiommu_count(underflow);
-		WARN_ONCE(1, "coiommu: unmap of frame 0x%llx, which is not mapped\n", gfn + i);
-	}
-	return done;
-}
-
-/*
- * Whether P is set now. Caller: has counted @gfn up, so that it stays set.
- *
- * ORDERING: none needed: it is read after the RMW in coiommu_dtt_get() because
- * that is fully ordered, and after the answer to a PIN request because
- * virtqueue_get_buf() has a read barrier.
- */
-bool coiommu_dtt_pinned(u64 gfn)
-{
-	atomic_t *unit = find_unit(gfn);
-
-	return unit && (atomic_read(unit) & COIOMMU_TU_PINNED);
+	return coiommu_dtt.levels;
 }
 
 struct leaf_walk {
@@ -407,8 +260,8 @@ static int for_each_leaf(struct leaf_walk *walk)
 	int ret = 0;
 
 	mutex_lock(&dtt_lock);
-	if (dtt.root)
-		ret = walk_table(dtt.root, dtt.levels, 0, walk);
+	if (coiommu_dtt.root)
+		ret = walk_table(coiommu_dtt.root, coiommu_dtt.levels, 0, walk);
 	mutex_unlock(&dtt_lock);
 	return ret;
 }
@@ -485,9 +338,9 @@ void coiommu_dtt_usage(struct coiommu_dtt_usage *usage)
 	struct leaf_walk walk = { .func = use_of_leaf, .arg = usage };
 
 	*usage = (struct coiommu_dtt_usage){};
-	if (!dtt.root)
+	if (!coiommu_dtt.root)
 		return;
-	usage->levels = dtt.levels;
-	usage->table_pages = atomic_long_read(&dtt.pages);
+	usage->levels = coiommu_dtt.levels;
+	usage->table_pages = atomic_long_read(&coiommu_dtt.pages);
 	for_each_leaf(&walk);
 }

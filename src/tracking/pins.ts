@@ -1,0 +1,99 @@
+import type { Clock } from "../base/clock.ts";
+import { grown } from "../base/frame-index.ts";
+import { type Gfn, gpaOf, type Nanoseconds } from "../base/units.ts";
+import type { GuestMemory } from "../memory/guest-memory.ts";
+import type { GfnBuffer, UnpinPolicy } from "../policy/policy.ts";
+import { Ledger } from "./ledger.ts";
+import type { Pinner } from "./pinner.ts";
+import type { SoftwareIommu } from "./software-iommu.ts";
+
+/**
+ * The frames that are pinned one by one. Keeps what must agree in step: the ledger, the kernel's pins, the IOMMU's
+ * table and the policy's list. Whatever the host refuses, no frame is half-pinned.
+ */
+export class Pins {
+  readonly ledger = new Ledger();
+  readonly #memory: GuestMemory;
+  readonly #pinner: Pinner;
+  readonly #iommu: SoftwareIommu;
+  readonly #policy: UnpinPolicy;
+  readonly #clock: Clock;
+  #addresses = new Float64Array(256);
+  #handles = new Int32Array(256);
+  /** Pins that had to go while the host refused to let go of them: of no frame any more, tried again later. */
+  #orphans: number[] = [];
+
+  constructor(o: {
+    readonly memory: GuestMemory;
+    readonly pinner: Pinner;
+    readonly iommu: SoftwareIommu;
+    readonly policy: UnpinPolicy;
+    readonly clock: Clock;
+  }) {
+    this.#memory = o.memory;
+    this.#pinner = o.pinner;
+    this.#iommu = o.iommu;
+    this.#policy = o.policy;
+    this.#clock = o.clock;
+  }
+
+  /** Pages pinned. */
+  get size(): number {
+    return this.ledger.size + this.#orphans.length;
+  }
+
+  /** Pin frames that are RAM and not pinned yet. Throws HostError; then none of them is. */
+  pin(gfns: readonly Gfn[], generation: number): void {
+    if (gfns.length === 0) return;
+    this.#addresses = grown(this.#addresses, gfns.length);
+    this.#handles = grown(this.#handles, gfns.length);
+    gfns.forEach((gfn, i) => {
+      this.#addresses[i] = this.#memory.hostAddress(gpaOf(gfn));
+    });
+    this.#pinner.pin(this.#addresses, gfns.length, this.#handles);
+    const now = this.#clock.now();
+    gfns.forEach((gfn, i) => {
+      this.ledger.add(gfn, this.#handles[i]!, generation);
+      this.#iommu.allow(gfn);
+      this.#policy.pinned(gfn, now);
+    });
+  }
+
+  /**
+   * Unpin frames whose P has been cleared, in order. Returns how many went: those after them are pinned as before,
+   * because a device kept a DMA window open or the host refused.
+   */
+  unpin(gfns: GfnBuffer, now: Nanoseconds): number {
+    const count = gfns.length;
+    if (count === 0) return 0;
+    this.#handles = grown(this.#handles, count);
+    for (let i = 0; i < count; i++) {
+      this.#iommu.revoke(gfns.at(i));
+      this.#handles[i] = this.ledger.handle(gfns.at(i));
+    }
+    const released = this.#iommu.quiesce() ? this.#pinner.release(this.#handles, count) : 0;
+    for (let i = 0; i < count; i++) {
+      const gfn = gfns.at(i);
+      if (i < released) this.ledger.remove(gfn);
+      else this.#iommu.allow(gfn);
+      this.#policy.tried(gfn, i < released ? "claimed" : "refused", now);
+    }
+    return released;
+  }
+
+  /** Frames that must go, whatever becomes of their pins: no longer RAM, or of a machine that was reset. */
+  drop(gfns: readonly Gfn[]): void {
+    for (const gfn of gfns) {
+      this.#iommu.revoke(gfn);
+      this.#orphans.push(this.ledger.remove(gfn));
+      this.#policy.tried(gfn, "gone", this.#clock.now());
+    }
+    this.releaseOrphans();
+  }
+
+  releaseOrphans(): void {
+    if (this.#orphans.length === 0 || !this.#iommu.quiesce()) return;
+    const released = this.#pinner.release(Int32Array.from(this.#orphans), this.#orphans.length);
+    this.#orphans = this.#orphans.slice(released);
+  }
+}
