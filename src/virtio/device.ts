@@ -11,7 +11,7 @@ export interface VirtioDevice {
   readonly configSize: number;
   /** Whether these features, a subset of those offered, may go together (FEATURES_OK). */
   accepts(features: bigint): boolean;
-  /** DRIVER_OK: the features are final. */
+  /** FEATURES_OK: the features are final. */
   start(features: bigint): void;
   configRead(offset: number, into: Uint8Array): void;
   configWrite(offset: number, from: Uint8Array): void;

@@ -164,6 +164,12 @@ for (const [what, wrong] of [
     assert.equal(r.on(), 1, "and a correct PIN on works");
   });
 
+test("PIN on that is refused leaves the device off, also when it was on", () => {
+  const r = activeViommu();
+  assert.equal(r.on({ root: ROOT + 8 }), 0x80 + INVAL);
+  assert.deepEqual([r.tracker.active, r.tracker.life, r.pin(1)], [false, "frozen", UNSUPP]);
+});
+
 test("PIN on with addresses of all ones is refused, and writes nothing to page 0", () => {
   const r = viommu();
   r.device.start(NEGOTIATED);

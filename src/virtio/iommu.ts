@@ -152,11 +152,10 @@ export class VirtioIommu implements VirtioDevice {
         if (tracker.active) tracker.deactivate("pin-off");
         return PIN_STATUS_OFF;
       case PIN_CONTROL_ON: {
-        const { assignedBitmap, dttRoot, dttLevels, pinFlags } = Config.read(this.#config);
-        if (pinFlags & ~PIN_FLAG_COMPLETE) return refused(VIRTIO_IOMMU_S_INVAL);
-        if (!this.#fillBitmap(assignedBitmap)) return refused(VIRTIO_IOMMU_S_INVAL);
-        const complete = (pinFlags & PIN_FLAG_COMPLETE) !== 0;
-        return tracker.activate(dttRoot, dttLevels, complete) ? PIN_STATUS_ON : refused(VIRTIO_IOMMU_S_INVAL);
+        if (this.#activate()) return PIN_STATUS_ON;
+        // abi.md section 3: a bad root, level or bitmap "leaves the device off", also when it was on.
+        if (tracker.active) tracker.deactivate("pin-off");
+        return refused(VIRTIO_IOMMU_S_INVAL);
       }
       case PIN_CONTROL_PARK:
       case PIN_CONTROL_UNPARK:
@@ -167,6 +166,12 @@ export class VirtioIommu implements VirtioDevice {
       default:
         return refused(VIRTIO_IOMMU_S_INVAL);
     }
+  }
+
+  #activate(): boolean {
+    const { assignedBitmap, dttRoot, dttLevels, pinFlags } = Config.read(this.#config);
+    if (pinFlags & ~PIN_FLAG_COMPLETE || !this.#fillBitmap(assignedBitmap)) return false;
+    return this.#o.tracker.activate(dttRoot, dttLevels, (pinFlags & PIN_FLAG_COMPLETE) !== 0);
   }
 
   #resetConfig(): void {

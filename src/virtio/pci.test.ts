@@ -295,6 +295,14 @@ test("a chain is served when its queue is notified, at its own offset", () => {
   assert.deepEqual(device.log.slice(-1), ["kick 0"]);
 });
 
+test("a queue size above the one offered is not taken", () => {
+  const { write, read } = plugged();
+  write("queueSize", 128);
+  assert.equal(read("queueSize"), 64n);
+  write("queueSize", 32);
+  assert.equal(read("queueSize"), 32n);
+});
+
 test("the registers of an enabled queue do not change any more", () => {
   const { write, read } = running();
   const before = read("queueDesc");

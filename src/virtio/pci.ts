@@ -151,7 +151,8 @@ export class VirtioPciFunction implements PciFunction {
     if (written.has("queueSelect")) this.#queueSelect = now.queueSelect;
     const queue = this.#queues[this.#queueSelect];
     if (queue && !queue.ring && !written.has("queueSelect")) {
-      queue.size = now.queueSize;
+      // Section 4.1.4.3.2: the driver may write a smaller size.
+      if (now.queueSize <= this.#device.queueSizes[this.#queueSelect]!) queue.size = now.queueSize;
       // A 64-bit register is written in two halves; each lands in its place.
       queue.desc = now.queueDesc;
       queue.driver = now.queueDriver;
