@@ -53,7 +53,7 @@ export class DmaTrackingTable {
       // The table may have been taken out of the memory map since activation.
       if (!this.#memory.find(at, 8)) return NO_UNIT;
       // ORDERING: acquire. The driver publishes an entry with one 64-bit release store, so when the low half shows
-      // PRESENT, the high half and the zeroed page are seen too. PAIRS WITH dtt_publish() in guest/linux/dtt.c.
+      // PRESENT, the high half and the zeroed page are seen too. PAIRS WITH make_table() in guest/linux/table.c.
       const low = this.#memory.load32(at);
       const target = entryTarget(low, this.#memory.load32(at + 4));
       if (target === undefined) return NO_UNIT;
@@ -83,7 +83,7 @@ export class DmaTrackingTable {
    *
    * ORDERING: P, A and COUNT share the word, so a guest map is either before the CAS (COUNT != 0: it fails) or after
    * it (its value lacks P: the guest asks, and the backend serves that after the release). PAIRS WITH
-   * coiommu_map_frame() in guest/linux/dtt.c.
+   * coiommu_dtt_get() in guest/linux/units.c.
    * TRUST: the guest can forge P; the caller must also find the frame in the ledger.
    */
   claimForUnpin(unit: Unit): "claimed" | "mapped" | "accessed" | "not-pinned" {
