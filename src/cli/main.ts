@@ -1,17 +1,7 @@
-import { Command, CommanderError } from "commander";
+import { CommanderError } from "commander";
 import { CoiommuError, UserError } from "../base/errors.ts";
 import { closeAll } from "../control/run.ts";
-import { compareCommand } from "./compare.ts";
-import { doctorCommand } from "./doctor.ts";
-import { policiesCommand } from "./policies.ts";
-import { runCommand } from "./run.ts";
-
-const program = new Command("coiommu")
-  .description("A virtual IOMMU that tracks a guest's DMA buffers cooperatively: pin only what devices use.")
-  .showHelpAfterError("(coiommu --help, or coiommu COMMAND --help, shows what is accepted)")
-  .exitOverride();
-for (const command of [doctorCommand(), runCommand(), compareCommand(), policiesCommand()])
-  program.addCommand(command.exitOverride());
+import { program } from "./program.ts";
 
 /** Ctrl-C and friends end the VMs under way, in order. */
 for (const [signal, code] of [
@@ -25,7 +15,7 @@ for (const [signal, code] of [
   });
 
 try {
-  await program.parseAsync();
+  await program().parseAsync();
 } catch (error) {
   process.exitCode = report(error);
 }

@@ -1,12 +1,17 @@
 import type { Duplex } from "node:stream";
 import { gunzipSync } from "node:zlib";
 import { UserError } from "../../base/errors.ts";
-import { within } from "./deadline.ts";
+import { every, within } from "./deadline.ts";
 import { eachLine } from "./lines.ts";
 
 const LINE_MAX = 64 * 2 ** 20;
 /** Above what any workload prints; a guest could send a small line that unpacks to gigabytes. */
 const OUTPUT_MAX = 256 * 2 ** 20;
+/**
+ * About one command in a thousand stays in the emulated UART, its interrupt lost, until another byte comes (QEMU
+ * 7.2, Linux 6.1). An empty line, while an answer is due, is that byte.
+ */
+const NUDGE_MS = 500;
 const HELLO = /coiommu-agent 1 (\S+)$/;
 const ANSWER = /^(\d+) (\d+) ([A-Za-z0-9+/=]*)$/;
 
@@ -59,7 +64,13 @@ export class GuestAgent {
     this.#pending.set(id, { what, resolve, reject });
     this.#stream.write(`\n${id} ${Buffer.from(script).toString("base64")}\n`);
     const late = () => this.#hung(`${what} did not end in the guest`, timeoutMs);
-    return await within(promise, timeoutMs, late).finally(() => this.#pending.delete(id));
+    const stopNudging = every(NUDGE_MS, () => this.#stream.write("\n"));
+    try {
+      return await within(promise, timeoutMs, late);
+    } finally {
+      stopNudging();
+      this.#pending.delete(id);
+    }
   }
 
   /** No answer will come any more: everything under way, and everything asked later, fails with `error`. */

@@ -1,0 +1,61 @@
+import assert from "node:assert/strict";
+import { test } from "node:test";
+import { CommanderError } from "commander";
+import { UserError } from "../base/errors.ts";
+import { program } from "./program.ts";
+
+/** What the program says about `args`, which it must refuse as wrong usage. */
+async function refusal(...args: string[]): Promise<string> {
+  let said = "";
+  const root = program();
+  for (const command of [root, ...root.commands])
+    command.configureOutput({
+      writeErr: (text) => {
+        said += text;
+      },
+    });
+  try {
+    await root.parseAsync(args, { from: "user" });
+  } catch (error) {
+    if (error instanceof UserError) {
+      assert.equal(error.exitCode, 2);
+      return error.message;
+    }
+    assert.ok(error instanceof CommanderError && error.exitCode !== 0, String(error));
+    return said.split("\n")[0]!;
+  }
+  assert.fail(`${args.join(" ")} was accepted`);
+}
+
+/** Each sentence names the flag, what was given, and the accepted form. */
+for (const [flag, values, form] of [
+  ["--memory", ["5", "1X", "100M", "2T", "1.3M", "-1G", ""], /such as 512M or 2G/],
+  ["--cpus", ["0", "65", "1.5", "two", ""], /whole number from 1 to 64/],
+  ["--accel", ["hvf", ""], /one of auto, tcg, kvm/],
+  ["--policy", ["mru", "lru,passes=2", ""], /policy|parameters/],
+  ["--interval", ["1", "1h", "5ms", "2d", "-1s"], /such as 1s or 500ms/],
+  ["--quota", ["0", "0%", "101%", "1.5", "lots"], /such as 10%/],
+  ["--pinner", ["mlock", ""], /one of auto, io_uring, software/],
+  ["--workload", ["fio:rw=erase", "fio:bs=4q", "idle:1", "nothing", "script:/nonexistent"], /--workload/],
+  ["--disk-size", ["1M", "big"], /such as 512M or 2G/],
+  ["--strategy", ["all", ""], /one of none, static, coiommu/],
+] as const)
+  for (const value of values)
+    test(`run ${flag} "${value}" is refused in a sentence`, async () => {
+      const sentence = await refusal("run", flag, value);
+      assert.ok(sentence.includes(flag), sentence);
+      assert.match(sentence, form);
+    });
+
+for (const [args, form] of [
+  [["compare", "--strategies", "none,none"], /--strategies.*twice/],
+  [["compare", "--strategies", "none,best"], /--strategies.*one of none, static, coiommu/],
+  [["compare", "--rounds", "0"], /--rounds.*whole number from 1 to 100/],
+  [["run", "--turbo"], /unknown option '--turbo'/],
+  [["runn"], /unknown command 'runn'/],
+  [["run", "extra"], /too many arguments/],
+  [["run", "--memory"], /--memory.*argument missing/],
+] as const)
+  test(`${args.join(" ")} is refused in a sentence`, async () => {
+    assert.match(await refusal(...args), form);
+  });
