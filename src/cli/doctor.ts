@@ -1,6 +1,6 @@
 import { existsSync, readdirSync } from "node:fs";
+import { styleText } from "node:util";
 import { Command } from "commander";
-import { blue, green, red } from "yoctocolors";
 import { IoUringPinner } from "../host/io-uring-pinner.ts";
 import { canExceedMemlock, memlockLimit } from "../host/limits.ts";
 import { type Check, diagnose } from "../machine/qemu/doctor.ts";
@@ -15,7 +15,11 @@ export const doctorCommand = (): Command =>
       const width = Math.max(...checks.map((c) => c.name.length));
       if (options.json !== "-")
         for (const { name, ok, detail, fix } of checks) {
-          const mark = ok ? green("ok     ") : fix === null ? blue("without") : red("missing");
+          const mark = ok
+            ? paint("green", "ok     ")
+            : fix === null
+              ? paint("blue", "without")
+              : paint("red", "missing");
           process.stdout.write(
             `${mark} ${name.padEnd(width)}  ${detail}${fix === null ? "" : `; fix: ${fix}`}\n`,
           );
@@ -23,6 +27,10 @@ export const doctorCommand = (): Command =>
       writeJson(options.json, { schema: "coiommu.doctor/1", checks });
       if (checks.some((c) => !c.ok && c.fix !== null)) process.exitCode = 1;
     });
+
+/** Colours only on a terminal. */
+const paint = (colour: "green" | "blue" | "red", text: string): string =>
+  styleText(colour, text, { stream: process.stdout });
 
 function ioUring(): Check {
   const reason = IoUringPinner.unavailable();

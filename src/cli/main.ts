@@ -3,6 +3,11 @@ import { CoiommuError, UserError } from "../base/errors.ts";
 import { closeAll } from "../control/run.ts";
 import { program } from "./program.ts";
 
+/** Who reads us may stop, as `head` does. */
+process.stdout.on("error", (error: NodeJS.ErrnoException) => {
+  if (error.code !== "EPIPE") throw error;
+});
+
 /** Ctrl-C and friends end the VMs under way, in order. */
 for (const [signal, code] of [
   ["SIGINT", 130],

@@ -46,8 +46,9 @@ export interface QemuExit {
   stderrTail: string;
 }
 
-/** Commands that SHELL_SCRIPT runs on the guest's console, until the person leaves. For `agent.run` and `shell`. */
-export const SHELL_SCRIPT = "exec setsid cttyhack sh </dev/ttyS0 >/dev/ttyS0 2>&1";
+/** For `agent.run`, with `shell`: a shell on the guest's console, until the person leaves it. See guest/agent/init. */
+export const SHELL_SCRIPT =
+  "mkfifo /tmp/shell.$$; echo /tmp/shell.$$ >/run/shell; read -r status </tmp/shell.$$; exit $status";
 
 /**
  * An unmodified QEMU, its guest not yet running: `resume()` starts the guest. Nothing of it is in the file system:
