@@ -8,7 +8,7 @@ import { DISK_BDF } from "./vm.ts";
 /** What is done inside the guest, beside the workload. */
 
 const SETUP_MS = 60_000;
-const COUNTERS = "/sys/kernel/debug/coiommu/counters";
+const DEBUGFS = "/sys/kernel/debug/coiommu";
 
 /** Run a script in the guest that has to succeed; returns what it printed. */
 export async function demand(agent: GuestAgent, script: string, what: string): Promise<string> {
@@ -25,7 +25,7 @@ ${tracked ? `modprobe ${guest.moduleName}` : ""}
 modprobe virtio_pci
 modprobe virtio_blk
 i=0; while [ ! -b /dev/vda ]; do i=$((i+1)); [ $i -lt 200 ] || { dmesg | tail -20; exit 1; }; usleep 50000; done
-${tracked ? `[ -e ${COUNTERS} ] || { dmesg | tail -20; exit 1; }` : ""}`;
+${tracked ? `[ -e ${DEBUGFS}/counters ] || { dmesg | tail -20; exit 1; }` : ""}`;
   await demand(agent, script, "loading the drivers");
 }
 
@@ -37,10 +37,27 @@ export async function unbindDisk(agent: GuestAgent): Promise<void> {
 /** The module's counters, by name. */
 export type DriverCounters = Readonly<Record<string, number>>;
 
-export async function readCounters(agent: GuestAgent): Promise<DriverCounters> {
-  const text = await demand(agent, `cat ${COUNTERS}`, "reading the driver's counters");
-  const lines = text.trim().split("\n");
-  return Object.fromEntries(
-    lines.map((line) => line.split(" ")).map(([name, value]) => [name, Number(value)]),
+const parseCounters = (text: string): DriverCounters =>
+  Object.fromEntries(
+    text
+      .split("\n")
+      .map((line) => line.split(" "))
+      .filter((words) => words.length === 2)
+      .map(([name, value]) => [name, Number(value)]),
   );
+
+/** Counters, and what a survey of the table finds (live_frames, live_refs, …). */
+export async function readCounters(agent: GuestAgent): Promise<DriverCounters> {
+  return parseCounters(
+    await demand(agent, `cat ${DEBUGFS}/counters ${DEBUGFS}/table`, "reading the driver's counters"),
+  );
+}
+
+/**
+ * The counters when a workload that starts now has run for a second; empty without the module, but then as much work
+ * for the guest, so that strategies are disturbed alike.
+ */
+export async function countersAfterOneSecond(agent: GuestAgent): Promise<DriverCounters> {
+  const script = `sleep 1; cat ${DEBUGFS}/counters 2>/dev/null || true`;
+  return parseCounters(await demand(agent, script, "reading the driver's counters"));
 }

@@ -1,7 +1,12 @@
 import { monotonicClock } from "../host/clock.ts";
-import type { GuestAgent } from "../machine/qemu/agent.ts";
 import { createPolicy } from "../policy/registry.ts";
-import { type DriverCounters, demand, loadDrivers, readCounters, unbindDisk } from "./guest-side.ts";
+import {
+  countersAfterOneSecond,
+  type DriverCounters,
+  loadDrivers,
+  readCounters,
+  unbindDisk,
+} from "./guest-side.ts";
 import { describeHost, type RunResult } from "./result.ts";
 import type { VmEnd, VmOptions } from "./vm.ts";
 import { Vm } from "./vm.ts";
@@ -58,7 +63,7 @@ async function measure(
     const tracked = options.strategy === "coiommu";
     const [workload, first] = await Promise.all([
       runWorkload(agent, options.workload),
-      tracked ? countersAfter(agent, 1) : null,
+      countersAfterOneSecond(agent),
     ]);
     const last = tracked ? await readCounters(agent) : null;
     const end = pinsOf(vm, options);
@@ -88,7 +93,7 @@ async function measure(
         framesUnmapped: final?.frames_unmapped ?? null,
         liveAtEnd: final?.live_refs ?? null,
       },
-      steady: first && last && difference(first, last),
+      steady: last && difference(first, last),
       pins: end,
       kernel: kernelOf(vm, options, closed),
       dma: { transfers: vm.disk.transfers, bytes: vm.disk.bytes, faults: vm.disk.faults },
@@ -108,11 +113,6 @@ function complaintsOf({ workload, dma }: RunResult, { disk }: VmEnd, options: Ru
   if (workload.verified === false) complaints.push("what the workload wrote is not what it read back");
   if (dma.faults > 0) complaints.push(`the disk met ${dma.faults} DMA faults`);
   return complaints;
-}
-
-async function countersAfter(agent: GuestAgent, seconds: number): Promise<DriverCounters> {
-  await demand(agent, `sleep ${seconds}`, "waiting in the guest");
-  return await readCounters(agent);
 }
 
 const difference = (first: DriverCounters, last: DriverCounters): RunResult["steady"] => ({

@@ -138,7 +138,7 @@ class Parts {
         arguments: ([fd]) => [
           ...["-chardev", `socket,id=disk,fd=${fd}`],
           "-device",
-          `vhost-user-blk-pci,chardev=disk,num-queues=1,queue-size=128,iommu_platform=on,disable-legacy=on,addr=${DISK_SLOT}`,
+          `vhost-user-blk-pci,chardev=disk,num-queues=1,queue-size=256,iommu_platform=on,disable-legacy=on,addr=${DISK_SLOT}`,
         ],
       },
     ];

@@ -29,7 +29,7 @@ export interface DiskCounters extends QueueCounters {
   requests: number;
 }
 
-/** Queue entries less the two that hold a request's head and status. */
+/** Entries of the smallest queue that QEMU gives us, less the two that hold a request's head and status. */
 const SEG_MAX = 128 - 2;
 const bit = (n: number) => 1n << BigInt(n);
 

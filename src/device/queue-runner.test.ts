@@ -19,7 +19,7 @@ function setUp(handle: (chain: Chain) => number = () => 1) {
     request: () => false,
   };
   const layout = { size: 8, desc: 0x1000 as Gpa, driver: 0x2000 as Gpa, device: 0x3000 as Gpa };
-  const queue = new SplitQueue(new GatedMemory(memory, gate), layout, { indirect: false });
+  const queue = new SplitQueue(new GatedMemory(memory, gate), layout);
   const counters = { faults: 0, errors: 0 };
   const handled: number[] = [];
   const runner = new QueueRunner(

@@ -87,7 +87,6 @@ export class VhostUserSession {
     );
     this.#offered =
       device.features |
-      bit(wire.VIRTIO_F_INDIRECT_DESC) |
       bit(wire.VHOST_USER_F_PROTOCOL_FEATURES) |
       bit(VIRTIO_F_VERSION_1) |
       bit(wire.VIRTIO_F_ACCESS_PLATFORM);
@@ -182,7 +181,6 @@ export class VhostUserSession {
     if (value & bit(wire.VIRTIO_F_ACCESS_PLATFORM))
       throw new ProtocolError("vhost-user: QEMU has a vIOMMU in front of this device; start it without");
     for (const ring of this.#rings) {
-      ring.setIndirect((value & bit(wire.VIRTIO_F_INDIRECT_DESC)) !== 0n);
       // "Ring states": without protocol features, rings start enabled.
       if (!(value & bit(wire.VHOST_USER_F_PROTOCOL_FEATURES))) ring.enable(true);
     }

@@ -21,7 +21,6 @@ export class Vring {
   #size = 0;
   #base = 0;
   #layout: QueueLayout | undefined;
-  #indirect = false;
   #enabled = false;
   #started = false;
   #runner: QueueRunner | undefined;
@@ -53,12 +52,8 @@ export class Vring {
 
   setLayout(layout: QueueLayout): void {
     this.#settable();
-    new SplitQueue(this.#p.memory, layout, { indirect: false }); // throws what is wrong with it
+    new SplitQueue(this.#p.memory, layout); // throws what is wrong with it
     this.#layout = layout;
-  }
-
-  setIndirect(allowed: boolean): void {
-    this.#indirect = allowed;
   }
 
   /** Takes over `fd`, as the two below do; undefined: there is none. */
@@ -125,7 +120,7 @@ export class Vring {
       this.#p.counters.errors++;
       return undefined;
     }
-    const options = { indirect: this.#indirect, next: this.#base };
+    const options = { next: this.#base };
     const queue = new SplitQueue(this.#p.memory, this.#layout, options);
     return new QueueRunner(queue, this.#p.handle, this.#p.counters);
   }

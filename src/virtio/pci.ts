@@ -204,7 +204,7 @@ export class VirtioPciFunction implements PciFunction {
       device: Number(queue.device) as Gpa,
     };
     this.#guard(() => {
-      queue.ring = new SplitQueue(this.#memory, layout, { indirect: false });
+      queue.ring = new SplitQueue(this.#memory, layout);
     });
   }
 

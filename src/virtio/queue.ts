@@ -66,14 +66,14 @@ export class SplitQueue {
    * `next` is the index of the first available entry to serve: 0, or what an earlier device left off at.
    * Throws ProtocolError for a layout that VIRTIO 1.2 section 2.7 forbids.
    */
-  constructor(memory: GuestAccess, layout: QueueLayout, options: { indirect: boolean; next?: number }) {
+  constructor(memory: GuestAccess, layout: QueueLayout, options: { indirect?: boolean; next?: number } = {}) {
     const { size, desc, driver, device } = layout;
     if (size < 1 || size > QUEUE_SIZE_MAX || size & (size - 1))
       throw new ProtocolError(`queue size ${size} is not a power of two up to ${QUEUE_SIZE_MAX}`);
     if (desc % 16 || driver % 2 || device % 4) throw new ProtocolError("a queue part is not aligned");
     this.#memory = memory;
     this.#layout = layout;
-    this.#indirect = options.indirect;
+    this.#indirect = options.indirect ?? false;
     this.#next = options.next ?? 0;
     this.#used = this.#next;
   }

@@ -26,7 +26,6 @@ export const VHOST_USER_GET_CONFIG = 24;
 export const VHOST_USER_SET_CONFIG = 25;
 
 /** VIRTIO 1.2 section 6, beside VIRTIO_F_VERSION_1. */
-export const VIRTIO_F_INDIRECT_DESC = 28;
 export const VIRTIO_F_ACCESS_PLATFORM = 33;
 /** Bit of the feature mask that announces protocol features; never shown to the guest. */
 export const VHOST_USER_F_PROTOCOL_FEATURES = 30;
