@@ -1,4 +1,5 @@
 import { InvalidArgumentError } from "commander";
+import { UserError } from "../base/errors.ts";
 import { FRAME_SIZE, milliseconds, type Nanoseconds } from "../base/units.ts";
 
 /** Values as people write them. Each throws what commander prints after the flag's name: the accepted form. */
@@ -52,13 +53,19 @@ export function parseQuota(text: string): Quota {
   return match![2] === "%" ? { percent: n } : { frames: n };
 }
 
-/** In frames; Infinity without a quota. */
-export const quotaFrames = (quota: Quota | undefined, memoryMiB: number): number =>
-  quota === undefined
-    ? Number.POSITIVE_INFINITY
-    : "frames" in quota
-      ? quota.frames
-      : Math.floor((memoryMiB * 2 ** 20 * quota.percent) / 100 / FRAME_SIZE);
+/** Firmware's window is 256 frames; a disk's rings and requests need about as many. */
+const QUOTA_FRAMES_MIN = 512;
+
+/** In frames; Infinity without a quota. Throws UserError for one with which no guest can start. */
+export function quotaFrames(quota: Quota | undefined, memoryMiB: number): number {
+  if (quota === undefined) return Number.POSITIVE_INFINITY;
+  const share = (percent: number) => Math.floor((memoryMiB * 2 ** 20 * percent) / 100 / FRAME_SIZE);
+  const frames = "frames" in quota ? quota.frames : share(quota.percent);
+  if (frames >= QUOTA_FRAMES_MIN) return frames;
+  throw new UserError(
+    `--quota: ${frames} frames are too few for a guest to start; give ${QUOTA_FRAMES_MIN} or more`,
+  );
+}
 
 export const parseOneOf =
   <T extends string>(values: readonly T[]) =>

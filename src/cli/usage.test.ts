@@ -3,6 +3,7 @@ import { test } from "node:test";
 import { CommanderError } from "commander";
 import { UserError } from "../base/errors.ts";
 import { program } from "./program.ts";
+import { quotaFrames } from "./units.ts";
 
 /** What the program says about `args`, which it must refuse as wrong usage. */
 async function refusal(...args: string[]): Promise<string> {
@@ -26,6 +27,11 @@ async function refusal(...args: string[]): Promise<string> {
   }
   assert.fail(`${args.join(" ")} was accepted`);
 }
+
+test("a quota with which no guest can start is refused", () => {
+  assert.throws(() => quotaFrames({ frames: 100 }, 1024), { code: "ERR_COIOMMU_USER" });
+  assert.equal(quotaFrames({ percent: 10 }, 1024), 26214);
+});
 
 /** Each sentence names the flag, what was given, and the accepted form. */
 for (const [flag, values, form] of [

@@ -131,6 +131,13 @@ test("bios: a host that cannot pin refuses a device's touch, and says so for the
   assert.equal(m.counters.framesNow, m.tracker.pinned, "the counters are right all the same");
 });
 
+test("bios: what devices touch is bounded by the quota", () => {
+  const m = machine({ beforeActivation: "bios", quota: 257 });
+  assert.equal(m.gate.request(1000 as Gfn), true);
+  assert.equal(m.gate.request(1001 as Gfn), false);
+  assert.deepEqual([m.held(1000, 1001), m.tracker.pinned], [[true, false], 257]);
+});
+
 test("none: nothing is pinned and nothing is granted", () => {
   const m = machine({ beforeActivation: "none" });
   assert.deepEqual([m.tracker.pinned, m.gate.request(5 as Gfn)], [0, false]);

@@ -174,8 +174,13 @@ export class Tracker {
 
   /** A device touched `gfn`, which is not pinned. Granted only while the guest is undecided. */
   touchedByFirmware(gfn: Gfn): boolean {
+    if (!this.#granting || !this.#o.memory.find(gpaOf(gfn), FRAME_SIZE)) return false;
+    if (this.#ledger.has(gfn)) return true;
+    // A guest without a driver could make its devices touch all of its memory.
+    if (this.pinned >= this.#o.quota) return false;
     try {
-      return this.#granting && this.#pinFirmware(gfn);
+      this.#pinFirmware([gfn]);
+      return true;
     } catch (error) {
       if (error instanceof HostError) return false;
       throw error;
@@ -334,25 +339,21 @@ export class Tracker {
     return this.#life === "undecided" && this.#o.beforeActivation === "bios";
   }
 
+  /** Throws HostError. */
   #pinFirmwareWindow(): void {
-    const { memory } = this.#o;
-    for (const r of memory.regions)
-      for (
-        let gfn = r.gpa / FRAME_SIZE;
-        gfn < Math.min(FIRMWARE_WINDOW_FRAMES, (r.gpa + r.size) / FRAME_SIZE);
-        gfn++
-      )
-        this.#pinFirmware(gfn as Gfn);
+    const missing: Gfn[] = [];
+    for (const r of this.#o.memory.regions) {
+      const end = Math.min(FIRMWARE_WINDOW_FRAMES, (r.gpa + r.size) / FRAME_SIZE);
+      for (let gfn = r.gpa / FRAME_SIZE; gfn < end; gfn++)
+        if (!this.#ledger.has(gfn as Gfn)) missing.push(gfn as Gfn);
+    }
+    this.#pinFirmware(missing);
   }
 
-  /** Throws HostError. */
-  #pinFirmware(gfn: Gfn): boolean {
-    if (this.#ledger.has(gfn)) return true;
-    if (!this.#o.memory.find(gpaOf(gfn), FRAME_SIZE)) return false;
-    this.#pins.pin([gfn], NO_TABLE);
-    this.#o.counters.framesPinned++;
-    this.#o.counters.framesFirmware++;
-    return true;
+  #pinFirmware(gfns: readonly Gfn[]): void {
+    this.#pins.pin(gfns, NO_TABLE);
+    this.#o.counters.framesPinned += gfns.length;
+    this.#o.counters.framesFirmware += gfns.length;
   }
 
   /** Pin what the state wants pinned without a request. Throws HostError. */

@@ -67,6 +67,7 @@ async function checkKvm(): Promise<Check> {
   const qemu = which("qemu-system-x86_64");
   if (!qemu) return { name: "KVM", ok: existsSync("/dev/kvm"), detail: "not tried without QEMU", fix: null };
   const { accel, reason } = await probeKvm(qemu);
-  const fix = accel === "kvm" ? null : "none needed: guests are emulated (--accel tcg), which is slower";
-  return { name: "KVM", ok: accel === "kvm", detail: reason, fix };
+  const ok = accel === "kvm";
+  const detail = ok ? reason : `${reason}; guests are emulated (--accel tcg), which is slower`;
+  return { name: "KVM", ok, detail, fix: null };
 }
