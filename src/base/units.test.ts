@@ -1,6 +1,6 @@
 import assert from "node:assert/strict";
 import test from "node:test";
-import { type Bdf, formatBdf, framesTouched, type Gfn, gfnOf, gpaOf, parseBdf } from "./units.ts";
+import { type Bdf, formatBdf, type Gfn, gfnOf, gpaOf, parseBdf } from "./units.ts";
 
 for (const [gpa, gfn] of [
   [0, 0],
@@ -13,18 +13,6 @@ for (const [gpa, gfn] of [
     assert.equal(gfnOf(gpa), gfn);
     assert.equal(gpaOf(gfn as Gfn), gpa - (gpa % 4096));
   });
-
-for (const [gpa, length, frames] of [
-  [0, 0, 0],
-  [4095, 0, 0],
-  [4095, 1, 1],
-  [4095, 2, 2],
-  [4096, 4096, 1],
-  [1, 4096, 2],
-  [2 ** 51 - 1, 4098, 3],
-] as const)
-  test(`${length} bytes at ${gpa} touch ${frames} frames`, () =>
-    assert.equal(framesTouched(gpa, length), frames));
 
 for (const [text, bdf] of [
   ["00:04.0", 0x20],

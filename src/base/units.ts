@@ -2,8 +2,6 @@
 export type Gfn = number & { readonly unit: "gfn" };
 /** Guest physical address, in bytes. Always < 2^52. */
 export type Gpa = number & { readonly unit: "gpa" };
-/** I/O virtual address, in bytes: what an endpoint puts on the bus. Equals the GPA while the endpoint is in bypass. */
-export type Iova = number & { readonly unit: "iova" };
 /** PCI bus/device/function, 16 bits: bus << 8 | device << 3 | function. */
 export type Bdf = number & { readonly unit: "bdf" };
 /** Monotonic time in nanoseconds. A JS number: exact for 104 days of uptime, then to 2 ns. */
@@ -17,10 +15,6 @@ export const GFN_LIMIT = 2 ** 40;
 export const gfnOf = (gpa: number): Gfn => Math.floor(gpa / FRAME_SIZE) as Gfn;
 export const gpaOf = (gfn: Gfn): Gpa => (gfn * FRAME_SIZE) as Gpa;
 export const milliseconds = (ms: number): Nanoseconds => (ms * 1e6) as Nanoseconds;
-
-/** Number of frames that `length` bytes at `gpa` touch. */
-export const framesTouched = (gpa: number, length: number): number =>
-  length === 0 ? 0 : gfnOf(gpa + length - 1) - gfnOf(gpa) + 1;
 
 /** "00:04.0" or "0000:00:04.0"; only segment 0 exists here. */
 export function parseBdf(text: string): Bdf | undefined {

@@ -21,15 +21,8 @@ export const libc = {
   close: bind<(fd: number) => number>("int close(int)"),
   poll: bind<(fds: Int32Array, count: number, timeoutMs: number) => number>("int poll(void *, ulong, int)"),
   eventfd: bind<(initial: number, flags: number) => number>("int eventfd(uint, int)"),
-  socket: bind<(domain: number, type: number, protocol: number) => number>("int socket(int, int, int)"),
   socketpair: bind<(domain: number, type: number, protocol: number, out: Int32Array) => number>(
     "int socketpair(int, int, int, void *)",
-  ),
-  bind: bind<FdCall>("int bind(int, void *, uint)"),
-  connect: bind<FdCall>("int connect(int, void *, uint)"),
-  listen: bind<(fd: number, backlog: number) => number>("int listen(int, int)"),
-  accept4: bind<(fd: number, address: null, length: null, flags: number) => number>(
-    "int accept4(int, void *, void *, int)",
   ),
   send: bind<(fd: number, bytes: Uint8Array, count: number, flags: number) => number>(
     "int64_t send(int, void *, size_t, int)",

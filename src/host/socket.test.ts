@@ -1,12 +1,10 @@
 import assert from "node:assert/strict";
 import { spawn } from "node:child_process";
 import fs from "node:fs";
-import os from "node:os";
-import path from "node:path";
 import test from "node:test";
 import { addressOf, closeFd, libc, setPointer } from "./libc.ts";
 import { createMemfd } from "./mapping.ts";
-import { connectUnix, FDS_MAX, listenUnix, socketPair, UnixSocket } from "./socket.ts";
+import { FDS_MAX, socketPair, UnixSocket } from "./socket.ts";
 
 const text = (bytes: Uint8Array) => Buffer.from(bytes).toString();
 const openFds = () => fs.readdirSync("/proc/self/fd").length;
@@ -103,21 +101,4 @@ test("a peer that is gone: PeerGone for both directions, no signal", (t) => {
   a.close();
   assert.throws(() => b.receive(12), { code: "ERR_COIOMMU_PEER_GONE" });
   assert.throws(() => b.send(Buffer.from("x")), { code: "ERR_COIOMMU_PEER_GONE" });
-});
-
-test("listen and connect by path: for this user only, and removed on close", () => {
-  const directory = fs.mkdtempSync(path.join(os.tmpdir(), "coiommu-"));
-  const place = path.join(directory, "s");
-  const listener = listenUnix(place);
-  assert.equal(fs.statSync(place).mode & 0o777, 0o600);
-  const client = connectUnix(place);
-  const server = listener.accept();
-  client.send(Buffer.from("hi"));
-  assert.equal(text(server.receive(2).bytes), "hi");
-  assert.throws(() => listenUnix(place), { syscall: "bind", errno: "EADDRINUSE" });
-  for (const end of [client, server, listener]) end.close();
-  assert.ok(!fs.existsSync(place));
-  assert.throws(() => connectUnix(place), { syscall: "connect", errno: "ENOENT" });
-  assert.throws(() => connectUnix("x".repeat(108)), { code: "ERR_COIOMMU_USER" });
-  fs.rmdirSync(directory);
 });

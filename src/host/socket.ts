@@ -1,5 +1,4 @@
-import fs from "node:fs";
-import { HostError, PeerGone, ProtocolError, UserError } from "../base/errors.ts";
+import { HostError, PeerGone, ProtocolError } from "../base/errors.ts";
 import { addressOf, closeFd, libc, setPointer, systemCall } from "./libc.ts";
 
 const AF_UNIX = 1;
@@ -12,8 +11,6 @@ const MSG_WAITALL = 0x100;
 const MSG_NOSIGNAL = 0x4000;
 const MSG_CMSG_CLOEXEC = 0x4000_0000;
 
-/** unix(7): sun_path, with its final NUL. */
-const PATH_SIZE = 108;
 /** More than any message of the protocols here: vhost-user and mpqemu send at most 8. The kernel allows 253. */
 export const FDS_MAX = 16;
 /** cmsghdr: u64 length (with header), i32 level, i32 type; then the fds. As 32-bit words, little-endian. */
@@ -131,68 +128,10 @@ export class UnixSocket {
   }
 }
 
-/** A listening socket, reachable by the user who runs this process only. Owns its fd and its path. */
-export class UnixListener {
-  readonly fd: number;
-  readonly path: string;
-  #open = true;
-
-  constructor(fd: number, path: string) {
-    this.fd = fd;
-    this.path = path;
-  }
-
-  /** Waits for a peer. */
-  accept(): UnixSocket {
-    // SAFETY: null address and length: the kernel writes nothing.
-    return new UnixSocket(systemCall("accept", () => libc.accept4(this.fd, null, null, SOCK_CLOEXEC)));
-  }
-
-  close(): void {
-    if (!this.#open) return;
-    this.#open = false;
-    fs.rmSync(this.path, { force: true });
-    closeFd(this.fd);
-  }
-}
-
 /** Two connected fds; not inherited by children except where spawn's `stdio` says so. */
 export function socketPair(): [number, number] {
   const out = new Int32Array(new ArrayBuffer(8));
   // SAFETY: `out` has room for two ints.
   systemCall("socketpair", () => libc.socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, out));
   return [out[0]!, out[1]!];
-}
-
-export function connectUnix(path: string): UnixSocket {
-  const fd = bindOrConnect("connect", path);
-  return new UnixSocket(fd);
-}
-
-export function listenUnix(path: string): UnixListener {
-  const fd = bindOrConnect("bind", path);
-  // SAFETY: no memory.
-  systemCall("listen", () => libc.listen(fd, 1));
-  return new UnixListener(fd, path);
-}
-
-function bindOrConnect(verb: "bind" | "connect", path: string): number {
-  const encoded = Buffer.from(path);
-  if (encoded.length === 0 || encoded.length >= PATH_SIZE)
-    throw new UserError(`socket path "${path}" is longer than the ${PATH_SIZE - 1} bytes that Linux allows`);
-  const address = new Uint8Array(new ArrayBuffer(2 + PATH_SIZE));
-  address[0] = AF_UNIX;
-  address.set(encoded, 2);
-  // SAFETY: no memory.
-  const fd = systemCall("socket", () => libc.socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0));
-  try {
-    // Linux creates the path with the mode of the socket: never reachable by others, not even for a moment.
-    if (verb === "bind") fs.fchmodSync(fd, 0o600);
-    // SAFETY: `address` is a NUL-terminated sockaddr_un of the given length.
-    systemCall(verb, () => libc[verb](fd, address, address.length), path);
-  } catch (error) {
-    closeFd(fd);
-    throw error;
-  }
-  return fd;
 }
