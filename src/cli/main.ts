@@ -8,13 +8,15 @@ process.stdout.on("error", (error: NodeJS.ErrnoException) => {
   if (error.code !== "EPIPE") throw error;
 });
 
-/** Ctrl-C and friends end the VMs under way, in order. */
+/** Ctrl-C and friends end the VMs under way, in order; what their runs say of it is no news. */
+let interrupted = false;
 for (const [signal, code] of [
   ["SIGINT", 130],
   ["SIGTERM", 143],
   ["SIGHUP", 129],
 ] as const)
   process.once(signal, () => {
+    interrupted = true;
     process.stderr.write(`\ncoiommu: ${signal}: ending the guest\n`);
     void closeAll().then(() => process.exit(code));
   });
@@ -22,7 +24,7 @@ for (const [signal, code] of [
 try {
   await program().parseAsync();
 } catch (error) {
-  process.exitCode = report(error);
+  if (!interrupted) process.exitCode = report(error);
 }
 
 function report(error: unknown): number {

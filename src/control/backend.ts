@@ -175,8 +175,8 @@ export class Backend {
   }
 
   #startedCommand(): Started {
-    // QEMU has sent its memory map before it greeted the control thread, so it is here already.
-    while (this.#connected && this.#memory.size === 0 && this.#reactor.run(1000) > 0);
+    // QEMU has sent its memory map before it greeted the control thread: serve what is there, and wait for the first.
+    while (this.#connected && this.#reactor.run(this.#memory.size === 0 ? 1000 : 0) > 0);
     if (this.#startFailure) throw new UserError(explain(this.#startFailure), 1);
     this.#started = true;
     return {
