@@ -1,6 +1,6 @@
 #!/usr/bin/env node
 // Runs from source in a checkout (Node strips the types) and from dist/ in the published package.
-import { spawnSync } from "node:child_process";
+import { spawn } from "node:child_process";
 import { existsSync } from "node:fs";
 
 const path = (relative) => new URL(relative, import.meta.url);
@@ -11,8 +11,11 @@ if (Number.parseInt(process.versions.node, 10) >= 24) {
   const main = existsSync(source) ? source : path("../dist/cli/main.js");
   await import(main.href);
 } else if (existsSync(pinned)) {
-  const { status, signal } = spawnSync(pinned.pathname, process.argv.slice(1), { stdio: "inherit" });
-  process.exitCode = signal ? 1 : (status ?? 1);
+  const child = spawn(pinned.pathname, process.argv.slice(1), { stdio: "inherit" });
+  // A terminal signals both of us; what is sent to this process alone is passed on.
+  for (const signal of ["SIGINT", "SIGTERM", "SIGHUP"])
+    process.on(signal, () => signal === "SIGINT" || child.kill(signal));
+  child.on("exit", (code) => process.exit(code ?? 1));
 } else {
   console.error(
     `coiommu: needs Node 24 or newer, and this is Node ${process.versions.node}: run it with a newer Node`,

@@ -48,6 +48,7 @@ export interface BackendData {
 export interface Started {
   /** Time spent pinning before the guest starts, in ms. */
   readonly pinMs: number;
+  /** 0 until QEMU's memory map has arrived: ask again. */
   readonly ramBytes: number;
   readonly kernelSource: Pinner["kernelSource"];
 }
@@ -175,8 +176,6 @@ export class Backend {
   }
 
   #startedCommand(): Started {
-    // QEMU has sent its memory map before it greeted the control thread: serve what is there, and wait for the first.
-    while (this.#connected && this.#reactor.run(this.#memory.size === 0 ? 1000 : 0) > 0);
     if (this.#startFailure) throw new UserError(explain(this.#startFailure), 1);
     this.#started = true;
     return {

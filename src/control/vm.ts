@@ -1,3 +1,4 @@
+import { setTimeout as sleep } from "node:timers/promises";
 import { UserError } from "../base/errors.ts";
 import { type Bdf, FRAME_SIZE, type Nanoseconds, parseBdf } from "../base/units.ts";
 import type { DiskCounters } from "../device/block.ts";
@@ -89,10 +90,7 @@ export class Vm {
         ...(options.append && { append: options.append }),
         ...(options.shell && { shell: true }),
       });
-      const started = await parts.backendWorker.request<Started>("started");
-      if (started.ramBytes < options.memoryMiB * 2 ** 20 * 0.9)
-        throw new UserError(`QEMU shares ${started.ramBytes} bytes of RAM, not ${options.memoryMiB} MiB`, 1);
-      return new Vm(qemu, started, parts);
+      return new Vm(qemu, await parts.started(options.memoryMiB), parts);
     } catch (error) {
       await qemu?.close();
       await parts.close().catch(() => {});
@@ -175,6 +173,19 @@ class Parts {
     const devices = this.#devices;
     this.#devices = [];
     return devices;
+  }
+
+  /** What stands before the guest starts. QEMU has sent its memory map by now, but it may still be on its way. */
+  async started(memoryMiB: number): Promise<Started> {
+    // Not all RAM is in the map: the legacy hole below 1 MiB, and what firmware keeps from the guest.
+    const enough = 0.9 * memoryMiB * 2 ** 20;
+    let started = await this.backendWorker.request<Started>("started");
+    for (let tries = 0; started.ramBytes < enough && tries < 100; tries++) {
+      await sleep(10);
+      started = await this.backendWorker.request<Started>("started");
+    }
+    if (started.ramBytes >= enough) return started;
+    throw new UserError(`QEMU shares ${started.ramBytes} bytes of RAM, not ${memoryMiB} MiB`, 1);
   }
 
   /** Stop the threads: the disk first, because its DMA relies on the pins. */

@@ -7,8 +7,9 @@ import { canExceedMemlock } from "./limits.ts";
 import { createMemfd, FdMapper } from "./mapping.ts";
 import { SoftwarePinner } from "./software-pinner.ts";
 
-const unavailable = IoUringPinner.unavailable();
-const skip = unavailable ?? (canExceedMemlock() ? false : "needs CAP_IPC_LOCK");
+// In CI a missing real part fails.
+const unavailable = process.env.CI ? undefined : IoUringPinner.unavailable();
+const skip = process.env.CI ? false : (unavailable ?? (canExceedMemlock() ? false : "needs CAP_IPC_LOCK"));
 
 /** `pages` pages of a shared memfd, their addresses, and a pinner; everything is closed after the test. */
 function setUp(t: test.TestContext, pages: number, options = {}) {
@@ -127,11 +128,13 @@ const child = `
   out.end = pinner.kernelPinnedPages();
   console.log(JSON.stringify(out));`;
 
-test("an unprivileged process at its memlock limit: ENOMEM, all or nothing", { skip: unavailable }, () => {
+test("an unprivileged process at its memlock limit: ENOMEM, all or nothing", {
+  skip: unavailable ?? false,
+}, () => {
   const command = [process.execPath, "--input-type=module", "-e", child];
   command.unshift("prlimit", "--memlock=1048576:1048576");
   if (process.getuid?.() === 0)
-    command.unshift("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "--inh-caps=-all");
+    command.unshift("setpriv", "--bounding-set=-ipc_lock", "--inh-caps=-ipc_lock");
   const run = spawnSync(command[0]!, command.slice(1), { encoding: "utf8", cwd: "/" });
   assert.equal(run.status, 0, run.stderr);
   assert.deepEqual(JSON.parse(run.stdout), {

@@ -90,3 +90,20 @@ test("to watch twice, or to close a watched fd, is our bug", () => {
   fd.close();
   assert.throws(() => reactor.run(0), InvariantViolation);
 });
+
+test("to run it from within a handler is our bug: the outer run would wait for answers that the inner one took", (t) => {
+  const [a, b] = eventFds(t, 2) as [EventFd, EventFd];
+  const reactor = new Reactor();
+  let handled = 0;
+  const nested = () => {
+    handled++;
+    reactor.run(0);
+  };
+  reactor.watch(a.fd, nested);
+  reactor.watch(b.fd, nested);
+  a.signal();
+  b.signal();
+  assert.throws(() => reactor.run(0), InvariantViolation);
+  assert.equal(handled, 1);
+  assert.throws(() => reactor.run(0), InvariantViolation, "and it can be run again afterwards");
+});

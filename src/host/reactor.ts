@@ -18,6 +18,7 @@ export class Reactor {
   /** Of the fds in #poll, in that order. */
   #polled: Handler[] = [];
   #changed = false;
+  #running = false;
 
   watch(fd: number, handler: Handler): void {
     invariant(!this.#handlers.has(fd), `fd ${fd} is watched twice`);
@@ -36,10 +37,22 @@ export class Reactor {
   }
 
   /**
+   * Not from within a handler: the inner run would take the answers of the outer one.
+   *
    * Wait at most `timeoutMs` (0: not at all, negative: for ever) and call the handlers of the fds that are
    * readable, hung up or in error. Returns how many; 0 also when a signal came in between.
    */
   run(timeoutMs: number): number {
+    invariant(!this.#running, "a handler runs the reactor that called it");
+    this.#running = true;
+    try {
+      return this.#turn(timeoutMs);
+    } finally {
+      this.#running = false;
+    }
+  }
+
+  #turn(timeoutMs: number): number {
     if (this.#changed) this.#rebuild();
     const poll = this.#poll;
     const polled = this.#polled;
