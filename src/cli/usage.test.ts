@@ -56,6 +56,7 @@ for (const [flag, values, form] of [
 for (const [args, form] of [
   [["compare", "--strategies", "none,none"], /--strategies.*twice/],
   [["compare", "--strategies", "none,best"], /--strategies.*one of none, static, coiommu/],
+  [["compare", "--workload", "shell"], /--workload shell.*coiommu run/],
   [["compare", "--rounds", "0"], /--rounds.*whole number from 1 to 100/],
   [["run", "--turbo"], /unknown option '--turbo'/],
   [["runn"], /unknown command 'runn'/],
