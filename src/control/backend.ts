@@ -117,6 +117,7 @@ export class Backend {
       tracker: this.#tracker,
       assigned: new Set(data.assigned),
       pinPage: data.strategy === "coiommu",
+      hostError: (error) => this.#commands.tell("warning", explain(error)),
     });
     this.#function = new VirtioPciFunction(this.#device, this.#memory);
     this.#server = new MpqemuServer({

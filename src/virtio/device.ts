@@ -17,7 +17,10 @@ export interface VirtioDevice {
   configWrite(offset: number, from: Uint8Array): void;
   /** Serve a queue that was kicked. Throws PeerError when the device needs a reset. */
   kick(index: number, queue: SplitQueue): void;
+  /** Status 0: the driver starts over, or has gone. */
   reset(): void;
+  /** After reset(), when the whole machine is reset. */
+  machineReset(): void;
 }
 
 /** A PCI function without its transport: what the VMM's bus does to it. Sizes are 1, 2, 4 or 8 bytes. */
@@ -27,6 +30,6 @@ export interface PciFunction {
   /** `address` as the VMM has it: absolute while the BAR is mapped. */
   barRead(address: number, size: number): bigint;
   barWrite(address: number, size: number, value: bigint): void;
-  /** Reset of the function, with the machine. */
+  /** Reset of the whole machine. */
   reset(): void;
 }

@@ -235,3 +235,12 @@ test("a reset freezes the guest: nothing is unpinned, and PIN has to be turned o
   assert.deepEqual(r.held(1, 2), [true, true]);
   assert.equal(r.on(), 1);
 });
+
+test("a machine reset releases the pins, and what the host refuses then is told", () => {
+  const r = activeViommu();
+  assert.equal(r.pin(1), OK);
+  r.device.reset();
+  r.device.machineReset();
+  assert.deepEqual([r.tracker.life, r.tracker.pinned, r.held(1)], ["undecided", 0, [false]]);
+  assert.deepEqual(r.hostErrors, []);
+});

@@ -1,4 +1,4 @@
-import { DmaFault } from "../base/errors.ts";
+import { DmaFault, HostError } from "../base/errors.ts";
 import type { Bdf } from "../base/units.ts";
 import type { GuestMemory } from "../memory/guest-memory.ts";
 import type { Tracker } from "../tracking/tracker.ts";
@@ -62,6 +62,8 @@ export interface VirtioIommuOptions {
   readonly assigned: ReadonlySet<Bdf>;
   /** Offer PIN_PAGE; otherwise the device is a plain bypass virtio-iommu. */
   readonly pinPage: boolean;
+  /** Told what the host refused while nobody waited for an answer. */
+  hostError(error: HostError): void;
 }
 
 /**
@@ -105,6 +107,15 @@ export class VirtioIommu implements VirtioDevice {
     this.#negotiated = 0n;
     if (this.#o.tracker.active) this.#o.tracker.deactivate("device-reset");
     this.#resetConfig();
+  }
+
+  machineReset(): void {
+    try {
+      this.#o.tracker.machineReset();
+    } catch (error) {
+      if (!(error instanceof HostError)) throw error;
+      this.#o.hostError(error);
+    }
   }
 
   // --- configuration ---------------------------------------------------------------------------------------------

@@ -45,6 +45,9 @@ class EchoDevice implements VirtioDevice {
   reset(): void {
     this.log.push("reset");
   }
+  machineReset(): void {
+    this.log.push("machine reset");
+  }
 }
 
 const BAR = 0xfebf_0000;
@@ -248,10 +251,11 @@ test("status 0 resets: features, queues and the device; the configuration space 
   assert.equal(pci.configRead(0x10, 4), BAR);
 });
 
-test("a reset of the function also clears the BAR and the command register", () => {
+test("a machine reset also clears the BAR and the command register, and is told to the device", () => {
   const { pci, device } = running();
   pci.reset();
-  assert.deepEqual([pci.configRead(0x10, 4), pci.configRead(4, 2), device.log.at(-1)], [0, 0, "reset"]);
+  assert.deepEqual([pci.configRead(0x10, 4), pci.configRead(4, 2)], [0, 0]);
+  assert.deepEqual(device.log.slice(-2), ["reset", "machine reset"]);
 });
 
 // --- queues ---------------------------------------------------------------------------------------------------------------

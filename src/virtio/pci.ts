@@ -108,6 +108,7 @@ export class VirtioPciFunction implements PciFunction {
   reset(): void {
     this.#config.set(configSpace(this.#device));
     this.#resetDevice();
+    this.#device.machineReset();
   }
 
   /** mpqemu gives absolute addresses; while the BAR is unmapped, 0-based ones. */

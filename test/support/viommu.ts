@@ -1,4 +1,5 @@
 import assert from "node:assert/strict";
+import type { HostError } from "../../src/base/errors.ts";
 import type { Bdf, Gpa } from "../../src/base/units.ts";
 import type { GuestMemory } from "../../src/memory/guest-memory.ts";
 import { DriverQueue, layoutAt } from "../../src/virtio/driver-queue.ts";
@@ -100,12 +101,20 @@ export function viommu({ pinPage = true, ...options }: ViommuOptions = {}) {
   const m = machine(options);
   m.table.unit(0);
   const { memory, tracker } = m;
-  const device = new VirtioIommu({ memory, tracker, assigned: new Set([DISK as Bdf, NIC as Bdf]), pinPage });
+  const hostErrors: HostError[] = [];
+  const device = new VirtioIommu({
+    memory,
+    tracker,
+    assigned: new Set([DISK as Bdf, NIC as Bdf]),
+    pinPage,
+    hostError: (error) => hostErrors.push(error),
+  });
   const { get, set } = registers(device);
   return {
     ...m,
     ...requests(memory, device),
     device,
+    hostErrors,
     get,
     set,
     /** A driver's way to PIN on. Returns pin_status. */

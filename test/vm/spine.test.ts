@@ -1,7 +1,8 @@
 import assert from "node:assert/strict";
 import { test } from "node:test";
-import { demand, readCounters, unbindDisk } from "../../src/control/guest-side.ts";
+import { demand, loadDrivers, readCounters, unbindDisk } from "../../src/control/guest-side.ts";
 import { parseFioWorkload, runFio } from "../../src/machine/qemu/fio.ts";
+import { ensureGuest } from "../../src/machine/qemu/guest.ts";
 import { bootedVm, eventually, pinnedPages, twoPasses } from "./support.ts";
 
 test("a guest's disk is pinned precisely, unpinned lazily, and loses nothing", async (t) => {
@@ -65,6 +66,35 @@ test("a buffer that bounces is tracked where the device touches it", async (t) =
   assert.deepEqual([written.verified, written.errors, vm.disk.faults], [true, 0, 0]);
   const counters = await readCounters(agent);
   assert.ok(counters.bounced! > written.ops);
+});
+
+test("a machine reset releases everything, and the next kernel is tracked like the first", async (t) => {
+  const vm = await bootedVm(t);
+  const { agent, qmp } = vm.qemu;
+  await runFio(agent, parseFioWorkload("fio:rw=randread,bs=4k,iodepth=32,seconds=1"));
+  const before = { ...vm.pins };
+  assert.ok(before.framesNow > 0);
+  await qmp.execute("set-action", { reboot: "reset" });
+  await qmp.execute("system_reset");
+  const up = () =>
+    agent
+      .run("[ ! -e /sys/module/coiommu ]", { timeoutMs: 2000, what: "asking whether it is up again" })
+      .then(
+        ({ code }) => code === 0,
+        () => false,
+      );
+  let again = false;
+  for (let tries = 0; !again && tries < 30; tries++) again = await up();
+  assert.ok(again, "the guest has not come up again");
+  assert.ok(vm.pins.framesFirmware > before.framesFirmware, "firmware has its window again");
+  assert.ok(
+    vm.pins.framesUnpinned - before.framesUnpinned >= before.framesNow,
+    "what was pinned before is not",
+  );
+
+  await loadDrivers(agent, await ensureGuest(() => {}), "coiommu");
+  const written = await runFio(agent, parseFioWorkload("fio:rw=randwrite,bs=4k,iodepth=8,seconds=1,size=8M"));
+  assert.deepEqual([written.verified, written.errors, vm.disk.faults], [true, 0, 0]);
 });
 
 test("the DMA fault oracle catches an unpinner that does not look at COUNT", async (t) => {
