@@ -1,4 +1,4 @@
-import { HostError, PeerError, PeerGone, UserError } from "../base/errors.ts";
+import { HostError, PeerError, UserError } from "../base/errors.ts";
 import type { Bdf, Nanoseconds } from "../base/units.ts";
 import { monotonicClock } from "../host/clock.ts";
 import { drainFd } from "../host/eventfd.ts";
@@ -158,9 +158,9 @@ export class Backend {
     try {
       this.#server.serve();
     } catch (error) {
-      if (!(error instanceof PeerError)) throw error;
+      if (!(error instanceof PeerError || error instanceof HostError)) throw error;
       this.#disconnect();
-      this.#commands.tell(error instanceof PeerGone ? "peer-gone" : "broken", error.message);
+      this.#commands.tellEnd(error);
     }
   }
 

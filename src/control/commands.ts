@@ -1,5 +1,5 @@
 import { type MessagePort, receiveMessageOnPort, Worker } from "node:worker_threads";
-import { HostError, UserError } from "../base/errors.ts";
+import { HostError, PeerError, PeerGone, UserError } from "../base/errors.ts";
 import { EventFd } from "../host/eventfd.ts";
 import type { Reactor } from "../host/reactor.ts";
 
@@ -23,7 +23,7 @@ type Message =
 
 /** What a worker tells without being asked. */
 export interface WorkerEvent {
-  /** "peer-gone": QEMU closed its end. "warning": something failed, the VM goes on. "broken": the peer's fault. */
+  /** "peer-gone": QEMU closed its end. "warning": something failed, the VM goes on. "broken": the VM cannot go on. */
   readonly kind: "peer-gone" | "warning" | "broken";
   readonly message: string;
 }
@@ -54,6 +54,13 @@ export class CommandServer {
 
   tell(kind: WorkerEvent["kind"], message: string): void {
     this.#post({ event: { kind, message } });
+  }
+
+  /** The connection to QEMU is over, and why. */
+  tellEnd(error: PeerError | HostError): void {
+    if (error instanceof PeerGone) this.tell("peer-gone", error.message);
+    else if (error instanceof PeerError) this.tell("broken", `QEMU broke the protocol: ${error.message}`);
+    else this.tell("broken", `the host cannot serve QEMU any more: ${error.message}`);
   }
 
   #serve({ id, command }: Request, handlers: Record<string, () => unknown>): void {

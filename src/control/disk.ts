@@ -76,9 +76,7 @@ export class DiskThread {
       store: this.#store,
       gate: new DeviceGate(iommu, 0, () => signalFd(touchFd)),
       counters: counters(DISK_COUNTERS, this.#data.counters),
-      onClose: (error) => {
-        if (error && !(error instanceof PeerGone)) this.#commands.tell("broken", error.message);
-      },
+      onClose: (error) => this.#commands.tellEnd(error ?? new PeerGone("QEMU has left")),
     });
   }
 

@@ -204,6 +204,6 @@ class Parts {
   #hear({ kind, message }: WorkerEvent, warn: (text: string) => void): void {
     if (this.#closing || kind === "peer-gone") return; // QEMU's end is told by QEMU's exit
     if (kind === "warning") warn(message);
-    else this.failed.reject(new UserError(`QEMU broke the protocol: ${message}`, 1));
+    else this.failed.reject(new UserError(message, 1));
   }
 }
