@@ -117,7 +117,7 @@ export class Backend {
       tracker: this.#tracker,
       assigned: new Set(data.assigned),
       pinPage: data.strategy === "coiommu",
-      hostError: (error) => this.#commands.tell("warning", explain(error)),
+      hostError: (error) => this.#hostFailed(error),
     });
     this.#function = new VirtioPciFunction(this.#device, this.#memory);
     this.#server = new MpqemuServer({
@@ -170,10 +170,14 @@ export class Backend {
       this.#tracker.setMemory(regions);
     } catch (error) {
       if (!(error instanceof HostError)) throw error;
-      if (this.#started) this.#commands.tell("warning", explain(error));
-      else this.#startFailure = error;
+      this.#hostFailed(error);
     }
     if (!this.#started) this.#pinTime += monotonicClock.now() - before;
+  }
+
+  #hostFailed(error: HostError): void {
+    if (this.#started) this.#commands.tell("warning", explain(error));
+    else this.#startFailure = error;
   }
 
   #startedCommand(): Started {

@@ -254,8 +254,8 @@ test("status 0 resets: features, queues and the device; the configuration space 
 test("a machine reset also clears the BAR and the command register, and is told to the device", () => {
   const { pci, device } = running();
   pci.reset();
-  assert.deepEqual([pci.configRead(0x10, 4), pci.configRead(4, 2)], [0, 0]);
-  assert.deepEqual(device.log.slice(-2), ["reset", "machine reset"]);
+  const seen = [pci.configRead(0x10, 4), pci.configRead(4, 2), ...device.log.slice(-2)];
+  assert.deepEqual(seen, [0, 0, "reset", "machine reset"]);
 });
 
 // --- queues ---------------------------------------------------------------------------------------------------------------
@@ -303,8 +303,6 @@ test("a queue size above the one offered is not taken", () => {
   const { write, read } = plugged();
   write("queueSize", 128);
   assert.equal(read("queueSize"), 64n);
-  write("queueSize", 32);
-  assert.equal(read("queueSize"), 32n);
 });
 
 test("the registers of an enabled queue do not change any more", () => {
