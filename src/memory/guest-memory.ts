@@ -37,7 +37,7 @@ interface Mapped extends GuestRegion {
  * Guest RAM by region, bounds-checked. With the software IOMMU's shared words, the only place that calls Atomics.
  *
  * Atomics on a plain ArrayBuffer over mmapped memory: ECMAScript promises cross-agent atomicity for shared buffers
- * only, but V8 emits the same locked instructions for both (docs/adr/0001). `npm run stress` would notice a change.
+ * only, but V8 emits the same locked instructions for both (docs/adr/0001).
  */
 export class GuestMemory implements GuestAccess {
   #regions: readonly Mapped[] = [];
