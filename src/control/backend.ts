@@ -127,7 +127,7 @@ export class Backend {
       closeFd,
       memory: (regions) => this.#setMemory(regions),
     });
-    this.#commands = new CommandServer(data, { drain: () => drainFd(data.wakeFd) }, this.#reactor, {
+    this.#commands = new CommandServer(data, this.#reactor, {
       started: () => this.#startedCommand(),
       stop: () => this.#stop(),
     });
@@ -182,7 +182,7 @@ export class Backend {
 
   #startedCommand(): Started {
     if (this.#startFailure) throw new UserError(explain(this.#startFailure), 1);
-    this.#started = true;
+    this.#started = this.#memory.size > 0;
     return {
       pinMs: this.#pinTime / 1e6,
       ramBytes: this.#memory.size,

@@ -1,6 +1,6 @@
 import { type MessagePort, receiveMessageOnPort, Worker } from "node:worker_threads";
 import { HostError, PeerError, PeerGone, UserError } from "../base/errors.ts";
-import { EventFd } from "../host/eventfd.ts";
+import { drainFd, EventFd } from "../host/eventfd.ts";
 import type { Reactor } from "../host/reactor.ts";
 
 /**
@@ -38,15 +38,10 @@ export interface WorkerBase {
 export class CommandServer {
   readonly #port: MessagePort;
 
-  constructor(
-    base: WorkerBase,
-    wake: { drain(): void },
-    reactor: Reactor,
-    handlers: Record<string, () => unknown>,
-  ) {
+  constructor(base: WorkerBase, reactor: Reactor, handlers: Record<string, () => unknown>) {
     this.#port = base.port;
     reactor.watch(base.wakeFd, () => {
-      wake.drain();
+      drainFd(base.wakeFd);
       for (let m = receiveMessageOnPort(base.port); m; m = receiveMessageOnPort(base.port))
         this.#serve(m.message as Request, handlers);
     });

@@ -51,7 +51,7 @@ export class DiskThread {
 
   constructor(data: DiskData & WorkerBase) {
     this.#data = data;
-    this.#commands = new CommandServer(data, { drain: () => drainFd(data.wakeFd) }, this.#reactor, {
+    this.#commands = new CommandServer(data, this.#reactor, {
       open: () => this.#open(),
       stop: () => this.#stop(),
     });

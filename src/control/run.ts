@@ -8,8 +8,7 @@ import {
   unbindDisk,
 } from "./guest-side.ts";
 import { describeHost, type RunResult } from "./result.ts";
-import type { VmEnd, VmOptions } from "./vm.ts";
-import { Vm } from "./vm.ts";
+import { Vm, type VmEnd, type VmOptions } from "./vm.ts";
 import { runWorkload, type Workload } from "./workload.ts";
 
 export interface RunOptions extends VmOptions {
@@ -61,6 +60,7 @@ async function measure(
     await loadDrivers(agent, options.guest, options.strategy);
     progress(`running ${options.workload.text}`);
     const tracked = options.strategy === "coiommu";
+    const policy = tracked ? createPolicy(options.policy) : undefined;
     const [workload, first] = await Promise.all([
       runWorkload(agent, options.workload),
       countersAfterOneSecond(agent),
@@ -76,8 +76,8 @@ async function measure(
       host: describeHost(vm.qemu.version, vm.qemu.accel),
       guest: { machine: "qemu", memoryMiB: options.memoryMiB, cpus: options.cpus, kernel },
       strategy: options.strategy,
-      policy: tracked ? createPolicy(options.policy).name : null,
-      policyParameters: tracked ? createPolicy(options.policy).parameters : null,
+      policy: policy?.name ?? null,
+      policyParameters: policy?.parameters ?? null,
       pinner: options.strategy === "none" ? null : options.pinner,
       seed: null,
       creation: {

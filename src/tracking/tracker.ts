@@ -158,9 +158,7 @@ export class Tracker {
     this.#table = undefined;
     this.#passAt = undefined;
     this.#enter("machine-reset");
-    const frames = [...this.#ledger.frames()];
-    this.#pins.drop(frames);
-    this.#o.counters.framesUnpinned += frames.length;
+    this.#drop([...this.#ledger.frames()]);
     this.#pinUnasked();
   }
 
@@ -366,7 +364,7 @@ export class Tracker {
     }
   }
 
-  /** Let go of frames that will not be RAM; their P goes too, so that the guest asks should they come back. */
+  /** Let go of frames whatever their units say; a table that is in use loses their P, so that the guest asks again. */
   #drop(gfns: readonly Gfn[]): void {
     for (const gfn of gfns) {
       const unit = this.#table?.walk(gfn) ?? NO_UNIT;
