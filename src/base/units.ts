@@ -2,6 +2,8 @@
 export type Gfn = number & { readonly unit: "gfn" };
 /** Guest physical address, in bytes. Always < 2^52. */
 export type Gpa = number & { readonly unit: "gpa" };
+/** Address as a device uses it, in bytes. Equals the GPA while the device's endpoint is in bypass. */
+export type Iova = number & { readonly unit: "iova" };
 /** PCI bus/device/function, 16 bits: bus << 8 | device << 3 | function. */
 export type Bdf = number & { readonly unit: "bdf" };
 /** Monotonic time in nanoseconds. A JS number: exact for 104 days of uptime, then to 2 ns. */

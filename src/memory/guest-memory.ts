@@ -136,6 +136,18 @@ export class GuestMemory implements GuestAccess {
     return Atomics.load(r.words, (gpa - r.gpa) / 4);
   }
 
+  /** ORDERING: release. */
+  store32(gpa: number, value: number): void {
+    const r = this.#aligned(gpa, 4);
+    Atomics.store(r.words, (gpa - r.gpa) / 4, value);
+  }
+
+  /** Full barrier. Returns the value before. */
+  add32(gpa: number, value: number): number {
+    const r = this.#aligned(gpa, 4);
+    return Atomics.add(r.words, (gpa - r.gpa) / 4, value);
+  }
+
   /** Full barrier. Returns the value before. */
   or32(gpa: number, bits: number): number {
     const r = this.#aligned(gpa, 4);

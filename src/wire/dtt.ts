@@ -31,6 +31,13 @@ export function entryTarget(low: number, high: number): number | undefined {
   return (high >>> 0) * 2 ** 32 + ((low & 0xffff_f000) >>> 0);
 }
 
+/** Levels that a table needs for GFNs up to `last`. abi.md section 1: 1 + ceil((gfn_bits - 10) / 9). */
+export function levelsFor(last: number): number {
+  let levels = 1;
+  while (last >= gfnCapacity(levels)) levels++;
+  return levels;
+}
+
 /** Byte offset, in the table of `level` (>= 2), of the entry on the way to `gfn`. */
 export const entryOffset = (gfn: number, level: number): number =>
   (Math.floor(gfn / 2 ** (LEAF_BITS + ENTRY_BITS * (level - 2))) % 512) * ENTRY_SIZE;

@@ -1,0 +1,126 @@
+import type { GuestMemory } from "../memory/guest-memory.ts";
+import {
+  ENTRY_PRESENT,
+  entryOffset,
+  gfnCapacity,
+  LEAF_BITS,
+  TU_ACCESSED,
+  TU_COUNT,
+  TU_PINNED,
+  UNIT_SIZE,
+  unitOffset,
+} from "../wire/dtt.ts";
+import type { TableGeometry } from "./table.ts";
+
+/** What get() found. The two failures leave no unit changed, except for A. */
+export type Counted = "pinned" | "ask" | "no-unit" | "saturated";
+
+const NO_UNIT = -1;
+const LEAF_FRAMES = 2 ** LEAF_BITS;
+
+/**
+ * Tracking units: how mappings count frames up and down. docs/abi.md sections 1 and 2; the same operations in the same
+ * order as guest/linux/units.c. No locks: CPUs share nothing but the table.
+ */
+export class TrackingUnits {
+  readonly #memory: GuestMemory;
+  readonly #root: number;
+  readonly #levels: number;
+  readonly #capacity: number;
+  readonly #countMax: number;
+
+  /** `cpus`: how many may count at once before one sees that COUNT passed the limit. */
+  constructor(memory: GuestMemory, { root, levels }: TableGeometry, cpus: number) {
+    this.#memory = memory;
+    this.#root = root;
+    this.#levels = levels;
+    this.#capacity = gfnCapacity(levels);
+    this.#countMax = TU_COUNT - cpus;
+  }
+
+  /**
+   * Count a mapping up in the units of `nr` frames.
+   *
+   * ORDERING: COUNT goes up first (fully ordered RMW); P is then tested in the value which that RMW read. PAIRS WITH
+   * DmaTrackingTable.claimForUnpin(), one CAS of the whole word: if it comes first, P is clear here and the frame is
+   * asked for; if it comes second, it sees COUNT != 0 and fails.
+   */
+  get(gfn: number, nr: number): Counted {
+    let asking = false;
+    let unit = NO_UNIT;
+    for (let i = 0; i < nr; i++) {
+      unit = this.#next(unit, gfn + i);
+      if (unit === NO_UNIT) {
+        this.put(gfn, i);
+        return "no-unit";
+      }
+      const before = this.#memory.add32(unit, 1);
+      if ((before & TU_COUNT) >= this.#countMax) {
+        this.#putUnit(unit);
+        this.put(gfn, i);
+        return "saturated";
+      }
+      // Only a hint for the host's ageing; COUNT protects the frame.
+      if (!(before & TU_ACCESSED)) this.#memory.or32(unit, TU_ACCESSED);
+      if (!(before & TU_PINNED)) asking = true;
+    }
+    return asking ? "ask" : "pinned";
+  }
+
+  /** Count a mapping down in the units of `nr` frames; returns how many had one. Fewer is a bug of the caller's. */
+  put(gfn: number, nr: number): number {
+    let done = 0;
+    let unit = NO_UNIT;
+    for (let i = 0; i < nr; i++) {
+      unit = this.#next(unit, gfn + i);
+      if (unit !== NO_UNIT && this.#putUnit(unit)) done++;
+    }
+    return done;
+  }
+
+  /**
+   * Whether P is set now. The caller has counted `gfn` up, so that it stays set.
+   *
+   * ORDERING: read after the RMW of get(), and after the answer to a PIN request, because both are fully ordered.
+   */
+  pinned(gfn: number): boolean {
+    const unit = this.#find(gfn);
+    return unit !== NO_UNIT && (this.#memory.load32(unit) & TU_PINNED) !== 0;
+  }
+
+  /**
+   * Count one mapping down; false if there is none to count.
+   *
+   * ORDERING: fully ordered, so the mapping's last access comes before it. The loop, because subtracting from COUNT 0
+   * would borrow from the flags. PAIRS WITH claimForUnpin(), which fails until this has made COUNT 0.
+   */
+  #putUnit(unit: number): boolean {
+    let seen = this.#memory.load32(unit);
+    while (seen & TU_COUNT) {
+      const found = this.#memory.compareExchange32(unit, seen, seen - 1);
+      if (found === seen) return true;
+      seen = found;
+    }
+    return false;
+  }
+
+  /** The unit of `gfn`, given that of `gfn` - 1 or NO_UNIT. */
+  #next(unit: number, gfn: number): number {
+    return unit !== NO_UNIT && gfn % LEAF_FRAMES !== 0 ? unit + UNIT_SIZE : this.#find(gfn);
+  }
+
+  /**
+   * ORDERING: an entry is published before the first map, and never changes while the table is in use.
+   */
+  #find(gfn: number): number {
+    if (gfn >= this.#capacity) return NO_UNIT;
+    let table = this.#root;
+    for (let level = this.#levels; level > 1; level--) {
+      const at = table + entryOffset(gfn, level);
+      const low = this.#memory.load32(at);
+      if (!(low & ENTRY_PRESENT)) return NO_UNIT;
+      table = (this.#memory.load32(at + 4) >>> 0) * 2 ** 32 + ((low & 0xffff_f000) >>> 0);
+    }
+    return table + unitOffset(gfn);
+  }
+}
