@@ -15,7 +15,8 @@ import type { TableGeometry } from "./table.ts";
 /** What get() found. The two failures leave no unit changed, except for A. */
 export type Counted = "pinned" | "ask" | "no-unit" | "saturated";
 
-const NO_UNIT = -1;
+/** No unit: the table has none for the frame. */
+export const NO_UNIT = -1;
 const LEAF_FRAMES = 2 ** LEAF_BITS;
 
 /**
@@ -84,7 +85,7 @@ export class TrackingUnits {
    * ORDERING: read after the RMW of get(), and after the answer to a PIN request, because both are fully ordered.
    */
   pinned(gfn: number): boolean {
-    const unit = this.#find(gfn);
+    const unit = this.find(gfn);
     return unit !== NO_UNIT && (this.#memory.load32(unit) & TU_PINNED) !== 0;
   }
 
@@ -106,13 +107,15 @@ export class TrackingUnits {
 
   /** The unit of `gfn`, given that of `gfn` - 1 or NO_UNIT. */
   #next(unit: number, gfn: number): number {
-    return unit !== NO_UNIT && gfn % LEAF_FRAMES !== 0 ? unit + UNIT_SIZE : this.#find(gfn);
+    return unit !== NO_UNIT && gfn % LEAF_FRAMES !== 0 ? unit + UNIT_SIZE : this.find(gfn);
   }
 
   /**
+   * GPA of the unit of `gfn`, or NO_UNIT.
+   *
    * ORDERING: an entry is published before the first map, and never changes while the table is in use.
    */
-  #find(gfn: number): number {
+  find(gfn: number): number {
     if (gfn >= this.#capacity) return NO_UNIT;
     let table = this.#root;
     for (let level = this.#levels; level > 1; level--) {
