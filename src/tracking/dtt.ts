@@ -67,6 +67,11 @@ export class DmaTrackingTable {
     return this.#memory.load32(unit) >>> 0;
   }
 
+  /** Whether the guest says that the frame is mapped: COUNT is not 0. */
+  mapped(unit: Unit): boolean {
+    return (this.load(unit) & TU_COUNT) !== 0;
+  }
+
   /** P = 1. The page must have been pinned before (abi.md section 2, "Host pin"). */
   setPinned(unit: Unit): void {
     this.#memory.or32(unit, TU_PINNED | 0);

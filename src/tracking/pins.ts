@@ -3,7 +3,7 @@ import { grown } from "../base/frame-index.ts";
 import { type Gfn, gpaOf, type Nanoseconds } from "../base/units.ts";
 import type { GuestMemory } from "../memory/guest-memory.ts";
 import type { GfnBuffer, UnpinPolicy } from "../policy/policy.ts";
-import { Ledger } from "./ledger.ts";
+import { Ledger, NO_TABLE } from "./ledger.ts";
 import type { Pinner } from "./pinner.ts";
 import type { SoftwareIommu } from "./software-iommu.ts";
 
@@ -57,6 +57,20 @@ export class Pins {
       this.#iommu.allow(gfn);
       this.#policy.pinned(gfn, now);
     });
+  }
+
+  /** Take over pins that an earlier backend made and did not release; the host still holds them. */
+  adopt(pins: Iterable<readonly [gfn: Gfn, handle: number]>): void {
+    const now = this.#clock.now();
+    for (const [gfn, handle] of pins) {
+      if (this.ledger.has(gfn)) {
+        this.#orphans.push(handle);
+        continue;
+      }
+      this.ledger.add(gfn, handle, NO_TABLE);
+      this.#iommu.allow(gfn);
+      this.#policy.pinned(gfn, now);
+    }
   }
 
   /**

@@ -26,6 +26,10 @@ const BITMAP = DEVICES + DEVICES_MAX * PER_DEVICE;
 /** The shared table for GFNs 0 to `frames`. */
 export const createIommuBuffer = (frames: number): SharedArrayBuffer =>
   new SharedArrayBuffer(4 * (BITMAP + Math.ceil(frames / 32)));
+/** What createIommuBuffer() made, or a view of it: the simulator's shows each access. */
+export type IommuTable = SharedArrayBuffer | SharedWords;
+const wordsOf = (table: IommuTable): SharedWords =>
+  table instanceof SharedWords ? table : new SharedWords(table);
 const framesOf = (words: SharedWords): number => (words.length - BITMAP) * 32;
 
 /** A device window that stays open longer than this (a stuck disk) makes the unpin be taken back, not waited for. */
@@ -45,9 +49,8 @@ export class SoftwareIommu {
   readonly #frames: number;
   readonly #clock: Clock;
 
-  /** `buffer`: from createIommuBuffer(). */
-  constructor(buffer: SharedArrayBuffer, clock: Clock) {
-    this.#words = new SharedWords(buffer);
+  constructor(table: IommuTable, clock: Clock) {
+    this.#words = wordsOf(table);
     this.#frames = framesOf(this.#words);
     this.#clock = clock;
   }
@@ -111,9 +114,9 @@ export class DeviceGate implements DmaGate {
   readonly #ring: () => void;
 
   /** `device`: this device's number, below DEVICES_MAX. `ring`: wake the backend for a request. */
-  constructor(buffer: SharedArrayBuffer, device: number, ring: () => void) {
+  constructor(table: IommuTable, device: number, ring: () => void) {
     if (device >= DEVICES_MAX) throw new InvariantViolation(`device ${device} of ${DEVICES_MAX}`);
-    this.#words = new SharedWords(buffer);
+    this.#words = wordsOf(table);
     this.#base = DEVICES + device * PER_DEVICE;
     this.#frames = framesOf(this.#words);
     this.#ring = ring;

@@ -32,6 +32,37 @@ for (const event of ["pin-off", "device-reset"] as const)
     assert.deepEqual(m.held(5), [false]);
   });
 
+test("a frame that was mapped before PIN was turned on stays until its driver has asked for it anew", () => {
+  const m = active();
+  m.map(5);
+  m.tracker.deactivate("device-reset");
+  m.table.set(5, 1); // ADR 4: P in the table means nothing any more, so the driver clears it
+  m.activate();
+  for (let i = 0; i < 3; i++) m.pass();
+  assert.deepEqual(m.held(5), [true], "mapped, though without P");
+  m.unmap(5);
+  m.pass();
+  assert.deepEqual(m.held(5), [false]);
+});
+
+test("a backend that starts in place of one that died keeps the pins, and unpins them when they are idle", () => {
+  const dead = active();
+  dead.map(5);
+  idle(dead, 6);
+  const pins = [...dead.pinner.pages].map(([handle, address]): [Gfn, number] => [
+    ((address - HOST_BASE) / 4096) as Gfn,
+    handle,
+  ]);
+  const m = machine();
+  for (const [handle, address] of dead.pinner.pages) m.pinner.pages.set(handle, address);
+  m.tracker.adopt(pins);
+  assert.deepEqual([m.tracker.life, m.tracker.pinned, ...m.held(5, 6)], ["frozen", 2, true, true]);
+  m.table.set(5, 1);
+  m.activate();
+  m.pass();
+  assert.deepEqual(m.held(5, 6), [true, false]);
+});
+
 test("frozen: devices are not granted what they touch", () => {
   const m = active({ beforeActivation: "bios" });
   m.tracker.deactivate("device-reset");
@@ -136,6 +167,13 @@ test("bios: what devices touch is bounded by the quota", () => {
   assert.equal(m.gate.request(1000 as Gfn), true);
   assert.equal(m.gate.request(1001 as Gfn), false);
   assert.deepEqual([m.held(1000, 1001), m.tracker.pinned], [[true, false], 257]);
+});
+
+test("bios: the window itself is bounded by the quota, and by what a reset could not release", () => {
+  const m = machine({ beforeActivation: "bios", quota: 300 });
+  m.pinner.releasesMax = 0;
+  m.tracker.machineReset();
+  assert.ok(m.pinner.pages.size <= 300);
 });
 
 test("none: nothing is pinned and nothing is granted", () => {

@@ -104,6 +104,10 @@ export class Tracker {
   get pinned(): number {
     return this.#pins.size + this.#static.frames;
   }
+  /** The ledger's frames: those pinned one by one. */
+  frames(): Iterable<Gfn> {
+    return this.#ledger.frames();
+  }
   get parked(): boolean {
     return this.#parks > 0;
   }
@@ -122,6 +126,17 @@ export class Tracker {
     this.#o.memory.setRegions(regions);
     this.#pins.releaseOrphans();
     this.#pinUnasked();
+  }
+
+  /**
+   * Take over what an earlier backend had pinned: its end must not end the pins, because devices may be using them.
+   * Called once, after setMemory(); the state is as after PIN off, until a driver turns PIN on again.
+   */
+  adopt(pins: Iterable<readonly [gfn: Gfn, handle: number]>): void {
+    this.#pins.adopt(pins);
+    this.#life = "frozen";
+    this.#o.iommu.setGranting(this.#granting);
+    this.#changed();
   }
 
   /** Frames held that `regions` would back with other memory, or with none. */
@@ -305,11 +320,14 @@ export class Tracker {
     // abi.md section 3: "PIN on without COMPLETE: ... unpin only frames that this table once claimed."
     if (foreign && !this.#complete) return "mapped";
     const unit = table.walk(gfn);
-    const outcome = unit === NO_UNIT ? "not-pinned" : table.claimForUnpin(unit);
+    if (unit === NO_UNIT) return foreign ? "claimed" : "mapped";
+    const outcome = table.claimForUnpin(unit);
     if (outcome !== "not-pinned") return outcome;
-    // P is clear, so the driver does not rely on this pin. One of firmware, or of an earlier table, may go. One that
-    // this table claimed has had its P cleared by the guest: abi.md section 4 keeps it.
-    return foreign ? "claimed" : "mapped";
+    // P is clear: a map that comes now asks, and is served after the release. So a pin of firmware, or of an earlier
+    // activation, may go, but not while the frame is mapped: the mapping may be older than this activation, and its
+    // driver is about to ask for it. One that this table claimed has had its P cleared by the guest: abi.md section 4
+    // keeps it.
+    return foreign && !table.mapped(unit) ? "claimed" : "mapped";
   }
 
   /** Take a claim back: the page is still pinned. */
@@ -345,7 +363,8 @@ export class Tracker {
       for (let gfn = r.gpa / FRAME_SIZE; gfn < end; gfn++)
         if (!this.#ledger.has(gfn as Gfn)) missing.push(gfn as Gfn);
     }
-    this.#pinFirmware(missing);
+    // What is left out for the quota's sake is pinned when a device touches it.
+    this.#pinFirmware(missing.slice(0, Math.max(0, this.#o.quota - this.pinned)));
   }
 
   #pinFirmware(gfns: readonly Gfn[]): void {
