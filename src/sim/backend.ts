@@ -1,0 +1,202 @@
+import { HostError } from "../base/errors.ts";
+import type { Bdf, Gfn, Nanoseconds } from "../base/units.ts";
+import type { GuestMemory } from "../memory/guest-memory.ts";
+import type { UnpinPolicy } from "../policy/policy.ts";
+import type { BeforeActivation } from "../tracking/life.ts";
+import { SoftwareIommu } from "../tracking/software-iommu.ts";
+import { Tracker, type TrackerOptions, type TrackingCounters } from "../tracking/tracker.ts";
+import { VirtioIommu } from "../virtio/iommu.ts";
+import { VirtioPciFunction } from "../virtio/pci.ts";
+import { VIRTIO_IOMMU_S_OK } from "../wire/virtio-iommu.ts";
+import type { Bus } from "./bus.ts";
+import { FakeHost, type HostFaults, type HostObserver } from "./fake-host.ts";
+import { SteppedMemory, SteppedWords } from "./stepped-memory.ts";
+import { type Actor, HostTurn, type Turns, Violation } from "./turn.ts";
+
+export interface BackendOptions {
+  readonly turns: Turns;
+  readonly memory: GuestMemory;
+  readonly iommu: SharedArrayBuffer;
+  readonly bus: Bus;
+  readonly policy: () => UnpinPolicy;
+  readonly quota: number;
+  readonly beforeActivation: BeforeActivation;
+  readonly assigned: ReadonlySet<Bdf>;
+  readonly passInterval: Nanoseconds;
+  readonly counters: TrackingCounters;
+  readonly faults: HostFaults;
+  readonly observer: HostObserver;
+  /** Whether the kick that is served next gets lost on its way. */
+  kickLost(): boolean;
+  /** Whether the backend dies before its next step. */
+  dies(): boolean;
+  died(): void;
+  /** See SteppedMemory. */
+  constant(gpa: number): boolean;
+  /** Called between two pieces of work. */
+  between(): void;
+}
+
+/** What a broken twin replaces. */
+export interface BackendParts {
+  readonly openTable: NonNullable<TrackerOptions["openTable"]>;
+  readonly makeHost: (...args: ConstructorParameters<typeof FakeHost>) => FakeHost;
+  readonly makeIommu: (...args: ConstructorParameters<typeof SoftwareIommu>) => SoftwareIommu;
+  readonly makeTracker: (options: TrackerOptions, host: FakeHost) => Tracker;
+}
+
+const KILLED = { killed: true };
+
+/** The production backend, in a thread of its own that can be killed at any step and started again. */
+export class Backend implements Actor {
+  readonly name = "backend";
+  readonly host: FakeHost;
+  readonly #o: BackendOptions & Partial<BackendParts>;
+  readonly #turn: HostTurn;
+  #memory: GuestMemory;
+  #iommu: SoftwareIommu;
+  #tracker: CheckedTracker;
+  #pci: VirtioPciFunction;
+  #job: (() => void) | undefined;
+  #rung = false;
+  #inPass = false;
+  #nextPass: number;
+  passes = 0;
+
+  constructor(options: BackendOptions & Partial<BackendParts>) {
+    this.#o = options;
+    this.#nextPass = options.passInterval;
+    this.#turn = new HostTurn(options.turns, this, () => {
+      if (options.dies()) throw KILLED;
+    });
+    const makeHost = options.makeHost ?? ((...args) => new FakeHost(...args));
+    this.host = makeHost(this.#turn, options.faults, options.observer);
+    ({ memory: this.#memory, iommu: this.#iommu, tracker: this.#tracker, pci: this.#pci } = this.#start());
+    this.#job = () => this.#tracker.setMemory(options.memory.regions);
+  }
+
+  get tracker(): Tracker {
+    return this.#tracker;
+  }
+
+  /** A device asks for a frame. */
+  ring(): void {
+    this.#rung = true;
+  }
+
+  resetMachine(): void {
+    this.#job = () => this.#pci.reset();
+  }
+
+  ready(): boolean {
+    return this.#job !== undefined || this.#rung || this.#o.bus.pending.length > 0 || this.#passDue;
+  }
+
+  get wakeAt(): number {
+    return this.#tracker.active ? this.#nextPass : Number.POSITIVE_INFINITY;
+  }
+
+  get #passDue(): boolean {
+    return this.#inPass || (this.#tracker.active && this.#o.turns.time >= this.#nextPass);
+  }
+
+  resume(): void {
+    this.#job ??= this.#nextJob();
+    let killed = false;
+    this.#turn.on = true;
+    try {
+      this.#job();
+    } catch (error) {
+      killed = error === KILLED;
+      if (!killed && !(error instanceof HostError)) throw error;
+    } finally {
+      this.#turn.on = false;
+      this.#job = undefined;
+      this.#o.turns.changes++;
+    }
+    if (killed) this.#restart();
+    else this.#o.between();
+  }
+
+  /** Requests first; an unpin pass in slices between them. */
+  #nextJob(): () => void {
+    const { bus, kickLost, passInterval, turns } = this.#o;
+    if (bus.pending.length > 0) return () => bus.deliver(this.#pci, bus.pending[0]!.kick && kickLost());
+    if (this.#rung)
+      return () => {
+        this.#rung = false;
+        this.#iommu.serveRequests((gfn) => this.#tracker.touchedByFirmware(gfn));
+      };
+    return () => {
+      if (!this.#inPass) {
+        this.#nextPass = turns.time + passInterval;
+        this.#tracker.startPass();
+      }
+      this.#inPass = this.#tracker.slice();
+      if (!this.#inPass) this.passes++;
+    };
+  }
+
+  /** The kernel keeps the pins, because the control thread holds what they hang on. */
+  #restart(): void {
+    this.#o.died();
+    this.#o.bus.drop();
+    ({ memory: this.#memory, iommu: this.#iommu, tracker: this.#tracker, pci: this.#pci } = this.#start());
+    this.#inPass = false;
+    this.#job = () => {
+      this.#memory.setRegions(this.#o.memory.regions);
+      this.#tracker.adopt([...this.host.pages].map(([handle, gfn]): [Gfn, number] => [gfn, handle]));
+    };
+  }
+
+  #start() {
+    const { turns, quota, beforeActivation, counters, openTable, assigned } = this.#o;
+    const { makeIommu = (...args) => new SoftwareIommu(...args) } = this.#o;
+    const clock = { now: () => turns.time };
+    const memory = new SteppedMemory([], this.#turn, { constant: this.#o.constant });
+    const iommu = makeIommu(new SteppedWords(this.#o.iommu, this.#turn), clock);
+    const tracker = new CheckedTracker(
+      {
+        ...{
+          memory,
+          pinner: this.host,
+          iommu,
+          policy: this.#o.policy(),
+          clock,
+          counters,
+          quota,
+          beforeActivation,
+        },
+        ...(openTable && { openTable }),
+      },
+      this.host,
+    );
+    const device = new VirtioIommu({ memory, tracker, assigned, pinPage: true, hostError: () => {} });
+    return { memory, iommu, tracker, pci: new VirtioPciFunction(device, memory) };
+  }
+}
+
+/** Sees from outside that a PIN request is all or nothing. */
+class CheckedTracker extends Tracker {
+  readonly #host: FakeHost;
+
+  constructor(options: TrackerOptions, host: FakeHost) {
+    super(options);
+    this.#host = host;
+  }
+
+  override pin(ranges: Parameters<Tracker["pin"]>[0]): number {
+    const before = new Set(this.#host.pages.values());
+    const status = super.pin(ranges);
+    if (status === VIRTIO_IOMMU_S_OK) {
+      for (const { gfn, nrFrames } of ranges)
+        for (let i = 0; i < nrFrames; i++)
+          if (!this.#host.holds(gfn + i))
+            throw new Violation(`PIN of frame ${gfn + i} is OK, but it is not held`);
+    } else
+      for (const gfn of this.#host.pages.values())
+        if (!before.has(gfn))
+          throw new Violation(`PIN was refused with ${status}, but frame ${gfn} was pinned`);
+    return status;
+  }
+}

@@ -1,0 +1,95 @@
+import { FRAME_SIZE, type Gfn } from "../base/units.ts";
+import type { GuestRegion } from "../memory/guest-memory.ts";
+import type { FakeHost } from "./fake-host.ts";
+import { Violation } from "./turn.ts";
+
+/**
+ * What must hold, judged from outside: by what the fake host holds and what the guest's drivers have been told, never
+ * by what the code under test says of itself.
+ */
+export class Checks {
+  readonly #host: FakeHost;
+  readonly #isRam: (gfn: number) => boolean;
+  /** Frames this guest may have pinned at once. */
+  readonly #quota: number;
+  /** Mappings that a driver has, by frame: from the success of the map to the start of the unmap. */
+  readonly #mapped = new Map<number, number>();
+  /** A guest that writes garbage only hurts itself: what it loses is no fault of the host's. */
+  readonly #hostile: boolean;
+
+  constructor(o: { host: FakeHost; isRam: (gfn: number) => boolean; quota: number; hostile: boolean }) {
+    this.#host = o.host;
+    this.#isRam = o.isRam;
+    this.#quota = o.quota;
+    this.#hostile = o.hostile;
+  }
+
+  /** The host has pinned a page. */
+  pinned(gfn: Gfn): void {
+    if (!this.#isRam(gfn)) throw new Violation(`frame ${gfn} is pinned, which is not RAM`);
+    const held = this.#host.pages.size;
+    if (held > this.#quota) throw new Violation(`${held} pages are pinned, the quota is ${this.#quota}`);
+  }
+
+  /** The host has let go of a page. */
+  released(gfn: Gfn): void {
+    if (!this.#hostile && (this.#mapped.get(gfn) ?? 0) > 0)
+      throw new Violation(`frame ${gfn} is unpinned while it is mapped`);
+  }
+
+  /** A device's DMA got past the IOMMU. */
+  transferred(gpa: number, length: number): void {
+    for (let gfn = Math.floor(gpa / FRAME_SIZE); gfn * FRAME_SIZE < gpa + length; gfn++)
+      if (!this.#host.holds(gfn)) throw new Violation(`DMA to frame ${gfn}, which the host does not hold`);
+  }
+
+  /** A device's DMA was refused by the IOMMU, in a buffer that was mapped. */
+  faulted(gpa: number): void {
+    if (!this.#hostile) throw new Violation(`a DMA fault at 0x${gpa.toString(16)}, in a mapped buffer`);
+  }
+
+  /** A driver has been told that a mapping succeeded. */
+  mapped(gfns: readonly number[]): void {
+    for (const gfn of gfns) {
+      this.#mapped.set(gfn, (this.#mapped.get(gfn) ?? 0) + 1);
+      if (!this.#hostile && !this.#host.holds(gfn))
+        throw new Violation(`frame ${gfn} is mapped, but the host does not hold it`);
+    }
+  }
+
+  /** A driver begins to unmap. */
+  unmapping(gfns: readonly number[]): void {
+    for (const gfn of gfns) this.#mapped.set(gfn, this.#mapped.get(gfn)! - 1);
+  }
+
+  /** The machine is reset: its drivers are gone. */
+  forgetMappings(): void {
+    this.#mapped.clear();
+  }
+
+  /** Between two pieces of the host's work, what it keeps must be what the kernel holds and the IOMMU allows. */
+  accounts(
+    ledger: Iterable<Gfn>,
+    pinned: number,
+    ram: readonly GuestRegion[],
+    allowed: (gfn: number) => boolean,
+  ): void {
+    let entries = 0;
+    for (const gfn of ledger) {
+      entries++;
+      if (!this.#host.holds(gfn)) throw new Violation(`the ledger has frame ${gfn}, the host does not`);
+      if (!allowed(gfn)) throw new Violation(`frame ${gfn} is pinned, but the IOMMU forbids it`);
+    }
+    if (pinned !== this.#host.pages.size)
+      throw new Violation(`the host holds ${this.#host.pages.size} pages, the tracker says ${pinned}`);
+    for (const { gpa, size } of ram)
+      for (let gfn = gpa / FRAME_SIZE; gfn < (gpa + size) / FRAME_SIZE; gfn++) if (allowed(gfn)) entries--;
+    if (entries !== 0) throw new Violation("the IOMMU allows frames that are not in the ledger");
+  }
+
+  /** Everything is unmapped, and passes enough have been: nothing may be pinned any more. */
+  atRest(): void {
+    if (this.#host.pages.size > 0)
+      throw new Violation(`frames ${[...this.#host.pages.values()]} are idle and stay pinned`);
+  }
+}

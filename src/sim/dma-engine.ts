@@ -1,0 +1,82 @@
+import { DmaFault } from "../base/errors.ts";
+import type { DmaSegment } from "../driver/dma-api.ts";
+import { GatedMemory } from "../memory/gated-memory.ts";
+import type { GuestRegion } from "../memory/guest-memory.ts";
+import { DeviceGate } from "../tracking/software-iommu.ts";
+import type { Checks } from "./checks.ts";
+import { SteppedMemory, SteppedWords } from "./stepped-memory.ts";
+import { type Operation, Process, type Turns, Violation } from "./turn.ts";
+
+/** DMA that a driver has told its device to do. */
+export interface Job {
+  readonly segments: readonly DmaSegment[];
+  /** Firmware's, not a driver's: nobody has promised that it goes through. */
+  readonly mayFault?: boolean;
+  done(): void;
+}
+
+/** An assigned device: moves data in the buffers it was told, behind the production gate. */
+export class DmaEngine {
+  readonly process: Process;
+  readonly #checks: Checks;
+  readonly #memory: GatedMemory;
+  /** Buffers moved. */
+  transfers = 0;
+  #jobs: Job[] = [];
+  #segment = 0;
+
+  constructor(o: {
+    readonly id: number;
+    readonly turns: Turns;
+    readonly checks: Checks;
+    readonly regions: readonly GuestRegion[];
+    readonly iommu: SharedArrayBuffer;
+    /** The device asks the host for a frame. */
+    readonly ring: () => void;
+  }) {
+    this.#checks = o.checks;
+    this.process = new Process(`device${o.id}`, o.turns, () => this.#next());
+    const memory = new SteppedMemory(o.regions, this.process, {
+      touched: (gpa, length) => o.checks.transferred(gpa, length),
+    });
+    const gate = new DeviceGate(new SteppedWords(o.iommu, this.process), o.id, o.ring);
+    this.#memory = new GatedMemory(memory, gate);
+  }
+
+  queue(job: Job): void {
+    this.#jobs.push(job);
+  }
+
+  get atRest(): boolean {
+    return this.#jobs.length === 0;
+  }
+
+  /** A reset of the function: what it was told is forgotten. The caller has let its DMA window close. */
+  reset(): void {
+    this.#jobs = [];
+    this.#segment = 0;
+  }
+
+  #next(): Operation | undefined {
+    const job = this.#jobs[0];
+    if (!job) return undefined;
+    const { iova, length } = job.segments[this.#segment]!;
+    return {
+      run: () => this.#memory.transfer(iova, length, () => {}),
+      settle: (outcome) => {
+        if ("error" in outcome) this.#failed(outcome.error, job);
+        else this.transfers++;
+        if (++this.#segment < job.segments.length) return;
+        this.#segment = 0;
+        this.#jobs.shift();
+        job.done();
+      },
+    };
+  }
+
+  #failed(error: unknown, job: Job): void {
+    if (error instanceof DmaFault) {
+      if (!job.mayFault) this.#checks.faulted(error.gpa);
+    } else throw new Violation(`a device failed: ${error}`);
+  }
+}

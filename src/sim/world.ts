@@ -1,0 +1,311 @@
+import { type Random, random } from "../base/random.ts";
+import { type Bdf, FRAME_SIZE, type Gfn, type Gpa, milliseconds } from "../base/units.ts";
+import type { DriverCounters } from "../driver/counters.ts";
+import type { DriverCpu } from "../driver/viommu.ts";
+import { counters, countersBuffer } from "../memory/counters.ts";
+import { GuestMemory, type GuestRegion } from "../memory/guest-memory.ts";
+import { LruPolicy } from "../policy/lru.ts";
+import { createIommuBuffer, DeviceGate } from "../tracking/software-iommu.ts";
+import { TRACKING_COUNTERS } from "../tracking/tracker.ts";
+import { Backend, type BackendOptions, type BackendParts } from "./backend.ts";
+import { Bus } from "./bus.ts";
+import { Checks } from "./checks.ts";
+import { DmaEngine } from "./dma-engine.ts";
+import { type FakeHost, HOST_BASE } from "./fake-host.ts";
+import { Guest, GuestCpu } from "./guest.ts";
+import { Saboteur } from "./saboteur.ts";
+import { type Schedule, Turns, Violation } from "./turn.ts";
+
+/** How a world is made: everything that a seed decides, beside the schedule. */
+export interface Settings {
+  readonly cpus: number;
+  readonly devices: number;
+  /** Frames that buffers lie in: the fewer, the more CPUs and the unpinner meet in one. */
+  readonly buffers: number;
+  /** Milliseconds between two unpin passes. */
+  readonly interval: number;
+  /** Frames; Infinity for no limit. */
+  readonly quota: number;
+  readonly beforeActivation: "bios" | "none";
+  /** One in so many host calls, accesses or chances, on average; 0 for never. */
+  readonly pinFails: number;
+  readonly releaseFails: number;
+  readonly kickLost: number;
+  readonly backendDies: number;
+  readonly machineResets: number;
+  /** The driver turns PIN off and on again at times. */
+  readonly driverRestarts: boolean;
+  /** A CPU writes garbage where it may. */
+  readonly hostile: boolean;
+}
+
+export function settingsOf(seed: number): Settings {
+  const next = random(seed ^ 0x5e77_1265);
+  const sometimes = (oneIn: number, value: number) => (next(oneIn) === 0 ? value : 0);
+  return {
+    cpus: 1 + next(3),
+    devices: 1 + next(2),
+    buffers: 2 + next(12),
+    interval: (1 + next(10)) / 5,
+    quota: next(2) === 0 ? Number.POSITIVE_INFINITY : 8 + next(16),
+    beforeActivation: next(2) === 0 ? "bios" : "none",
+    pinFails: sometimes(2, 20),
+    releaseFails: sometimes(2, 10),
+    kickLost: sometimes(4, 30),
+    backendDies: sometimes(8, 2000),
+    machineResets: sometimes(8, 3000),
+    driverRestarts: next(3) === 0,
+    hostile: next(5) === 0,
+  };
+}
+
+/** Parts that a broken twin replaces. */
+export interface Twin {
+  readonly backend?: Partial<BackendOptions & BackendParts>;
+  readonly driver?: Partial<DriverCpu>;
+}
+
+/** What happened in a world, to see that it was not spared anything. */
+export interface WorldStatistics {
+  readonly steps: number;
+  readonly maps: number;
+  readonly mapsFailed: number;
+  readonly pinRequests: number;
+  readonly framesPinned: number;
+  readonly framesUnpinned: number;
+  readonly transfers: number;
+  readonly kicksLost: number;
+  readonly driverRestarts: number;
+  readonly backendDeaths: number;
+  readonly machineResets: number;
+}
+
+/** RAM in two pieces: one reaches into firmware's window below 1 MiB, one across the end of a leaf of the table. */
+const LOW = { first: 252, frames: 44 };
+const HIGH = { first: 1008, frames: 40 };
+/** Buffers lie across the end of a leaf. */
+const BUFFERS_FIRST = 1022;
+/** Frames for the driver: its table and queue, and what each CPU allocates. */
+const BOOT_POOL = { first: 256, frames: 24 };
+const CPU_POOL = 4;
+export const ENDPOINT = 0x20 as Bdf;
+/** The time that a step takes, in ns. */
+const STEP_TIME = 2000;
+/** Turns without a step: looks of those who wait, and passes that find nothing to try. */
+const IDLE_TURNS_MAX = 10_000;
+/** Steps that a world may take to come to rest. */
+const REST_STEPS_MAX = 400_000;
+/** Unpin passes until everything idle must be gone: one clears A, one unpins, and one may have been under way. */
+const REST_PASSES = 3;
+
+const ram = ({ first, frames }: { first: number; frames: number }): GuestRegion => ({
+  gpa: (first * FRAME_SIZE) as Gpa,
+  size: frames * FRAME_SIZE,
+  hostAddress: HOST_BASE + first * FRAME_SIZE,
+  bytes: new Uint8Array(new SharedArrayBuffer(frames * FRAME_SIZE)),
+});
+
+/**
+ * A whole machine in one thread: guest CPUs that run the production driver, devices behind the production gate, the
+ * production backend, and a host kernel that fails as it is told. Who takes the next step is the schedule's choice.
+ */
+export class World {
+  readonly settings: Settings;
+  readonly turns: Turns;
+  readonly host: FakeHost;
+  readonly checks: Checks;
+  readonly #random: Random;
+  readonly #memory: GuestMemory;
+  readonly #iommu: SharedArrayBuffer;
+  readonly #gate: DeviceGate;
+  readonly #bus = new Bus();
+  readonly #guest: Guest;
+  readonly #cpus: GuestCpu[];
+  readonly #engines: DmaEngine[];
+  readonly #backend: Backend;
+  readonly #stepsMax: number;
+  readonly #counters = counters(TRACKING_COUNTERS, countersBuffer(TRACKING_COUNTERS));
+  #restSteps = 0;
+  #passesAtRest = -1;
+  #kicksLost = 0;
+  #backendDeaths = 0;
+  #machineResets = 0;
+
+  /** After `stepsMax` steps the guest unmaps what it has, the host stops failing, and all comes to rest. */
+  constructor(seed: number, stepsMax: number, settings = settingsOf(seed), twin: Twin = {}) {
+    this.settings = settings;
+    this.#stepsMax = stepsMax;
+    this.#random = random(seed);
+    this.turns = new Turns({
+      schedule: weighted(random(seed ^ 0x0bad_5eed)),
+      stepTime: STEP_TIME,
+      beforeStep: () => this.#beforeStep(),
+    });
+    const regions = [ram(LOW), ram(HIGH)];
+    this.#memory = new GuestMemory(regions);
+    this.#iommu = createIommuBuffer(2048);
+    this.#gate = new DeviceGate(this.#iommu, 7, () => {});
+    this.#backend = this.#makeBackend(twin.backend ?? {});
+    this.host = this.#backend.host;
+    this.checks = new Checks({
+      host: this.host,
+      isRam: (gfn) => this.#memory.find(gfn * FRAME_SIZE, FRAME_SIZE) !== undefined,
+      quota: settings.quota,
+      hostile: settings.hostile,
+    });
+    const { turns, checks } = this;
+    this.#engines = Array.from(
+      { length: settings.devices },
+      (_, id) =>
+        new DmaEngine({ id, turns, checks, regions, iommu: this.#iommu, ring: () => this.#backend.ring() }),
+    );
+    this.#guest = new Guest({
+      ...{ memory: this.#memory, turns, bus: this.#bus, checks, endpoint: ENDPOINT, engines: this.#engines },
+      ...{
+        buffers: { first: BUFFERS_FIRST, frames: settings.buffers },
+        cpus: settings.cpus,
+        hostile: settings.hostile,
+        restarts: settings.driverRestarts,
+      },
+    });
+    this.#cpus = Array.from({ length: settings.cpus }, (_, id) => {
+      const first = BOOT_POOL.first + BOOT_POOL.frames + (id - 1) * CPU_POOL;
+      const pool = id === 0 ? BOOT_POOL : { first, frames: CPU_POOL };
+      return new GuestCpu(this.#guest, id, pool, random(seed + 77 * id), twin.driver);
+    });
+    this.turns.actors.push(this.#backend, ...this.#cpus.map((c) => c.process));
+    this.turns.actors.push(...this.#engines.map((e) => e.process));
+    if (settings.hostile)
+      this.turns.actors.push(new Saboteur(this.#guest, regions, turns, random(seed ^ 0x1ee7)).process);
+    if (settings.beforeActivation === "bios") this.#runFirmware();
+  }
+
+  /** Play until everything is at rest. Throws Violation for what a checker found. */
+  run(): void {
+    for (let idle = 0, last = -1; !this.#finished(); idle++) {
+      const actor = this.turns.pick();
+      if (!actor || idle > IDLE_TURNS_MAX)
+        throw new Violation("nobody can go on: somebody waits for an answer that never comes");
+      actor.resume();
+      if (last !== this.turns.steps) idle = 0;
+      last = this.turns.steps;
+    }
+  }
+
+  get statistics(): WorldStatistics {
+    const sum = (name: keyof DriverCounters) => this.#cpus.reduce((n, { counters: c }) => n + c[name], 0);
+    return {
+      steps: this.turns.steps,
+      maps: sum("map"),
+      mapsFailed: sum("mapFailed"),
+      pinRequests: sum("pinRequests"),
+      framesPinned: this.#counters.framesPinned,
+      framesUnpinned: this.#counters.framesUnpinned,
+      transfers: this.#engines.reduce((n, e) => n + e.transfers, 0),
+      kicksLost: this.#kicksLost,
+      driverRestarts: this.#guest.driverRestarts,
+      backendDeaths: this.#backendDeaths,
+      machineResets: this.#machineResets,
+    };
+  }
+
+  #makeBackend(twin: NonNullable<Twin["backend"]>): Backend {
+    const { settings } = this;
+    const oneIn = (n: number): boolean => n > 0 && !this.#guest.draining && this.#random(n) === 0;
+    return new Backend({
+      turns: this.turns,
+      memory: this.#memory,
+      iommu: this.#iommu,
+      bus: this.#bus,
+      policy: () => new LruPolicy(),
+      quota: settings.quota,
+      beforeActivation: settings.beforeActivation,
+      assigned: new Set([ENDPOINT]),
+      passInterval: milliseconds(settings.interval),
+      counters: this.#counters,
+      faults: {
+        pin: () => (oneIn(settings.pinFails) ? (this.#random(2) ? "ENOMEM" : "EIO") : undefined),
+        release: () => !oneIn(settings.releaseFails),
+      },
+      observer: {
+        pinned: (gfn) => this.checks.pinned(gfn),
+        released: (gfn) => this.checks.released(gfn),
+      },
+      kickLost: () => {
+        const lost = oneIn(settings.kickLost);
+        if (lost) this.#kicksLost++;
+        return lost;
+      },
+      constant: (gpa) => this.#guest.isConstant(gpa),
+      dies: () => oneIn(settings.backendDies),
+      died: () => {
+        this.#backendDeaths++;
+        this.#guest.needsRestart = this.#guest.lossExpected = true;
+      },
+      between: () => this.#betweenJobs(),
+      ...twin,
+    });
+  }
+
+  /** Before a driver is active, devices may touch what they like: the host pins it then and there, or refuses. */
+  #runFirmware(): void {
+    for (let i = 0; i < 6; i++) {
+      const iova = (BUFFERS_FIRST + this.#random(this.settings.buffers)) * FRAME_SIZE;
+      this.#engines[0]!.queue({
+        segments: [{ iova: iova as never, length: 512 }],
+        mayFault: true,
+        done: () => {},
+      });
+    }
+  }
+
+  #beforeStep(): void {
+    if (this.turns.steps === this.#stepsMax) this.#guest.draining = true;
+    if (this.#guest.draining && this.#restSteps++ > REST_STEPS_MAX)
+      throw new Violation(`the machine does not come to rest within ${REST_STEPS_MAX} steps`);
+  }
+
+  /** The backend has finished a piece of work. */
+  #betweenJobs(): void {
+    const { tracker } = this.#backend;
+    this.checks.accounts(tracker.frames(), tracker.pinned, this.#memory.regions, (gfn) =>
+      this.#gate.allows(gfn as Gfn),
+    );
+    const { machineResets } = this.settings;
+    if (machineResets > 0 && !this.#guest.draining && this.#random(machineResets) === 0) this.#resetMachine();
+  }
+
+  /** Devices finish the access under way, as real ones do; everything else begins anew. */
+  #resetMachine(): void {
+    if (this.#engines.some((e) => e.process.busy)) return;
+    this.#machineResets++;
+    for (const engine of this.#engines) engine.reset();
+    for (const cpu of this.#cpus) cpu.reset();
+    this.#guest.places = undefined;
+    this.#guest.needsRestart = this.#guest.pinOff = this.#guest.lossExpected = false;
+    this.#bus.pending.length = 0;
+    for (const { bytes } of this.#memory.regions) bytes.fill(0);
+    this.checks.forgetMappings();
+    this.#backend.resetMachine();
+  }
+
+  #finished(): boolean {
+    if (!this.#guest.draining) return false;
+    // A hostile guest may have hung itself; the host has been checked to the last step.
+    if (this.settings.hostile) return true;
+    if (!this.#cpus.every((c) => c.atRest) || !this.#engines.every((e) => e.atRest)) return false;
+    if (this.#guest.needsRestart) return false;
+    if (this.#passesAtRest < 0) this.#passesAtRest = this.#backend.passes;
+    if (this.#backend.passes < this.#passesAtRest + REST_PASSES) return false;
+    this.checks.atRest();
+    return true;
+  }
+}
+
+/** Whoever took the last step goes on half of the time: switching costs, and runs of steps find bugs too. */
+function weighted(next: Random): Schedule {
+  return {
+    choose: (width, current) => (current >= 0 && next(2) === 0 ? current : next(width)),
+    holdsBack: () => next(5) === 0,
+  };
+}

@@ -1,0 +1,207 @@
+import type { Gpa } from "../../src/base/units.ts";
+import { TrackingUnits } from "../../src/driver/units.ts";
+import type { GuestMemory } from "../../src/memory/guest-memory.ts";
+import { FakeHost, HOST_BASE } from "../../src/sim/fake-host.ts";
+import type { Twin } from "../../src/sim/world.ts";
+import { DmaTrackingTable, NO_UNIT, type Unit } from "../../src/tracking/dtt.ts";
+import { SoftwareIommu } from "../../src/tracking/software-iommu.ts";
+import { TU_COUNT, TU_PINNED } from "../../src/wire/dtt.ts";
+
+/** Each is a protocol broken in one place, and what a checker says of it. */
+interface BrokenTwin {
+  readonly twin: Twin | (() => Twin);
+  readonly found: RegExp;
+}
+
+const P = TU_PINNED | 0;
+const LOST = /unpinned while it is mapped|DMA to frame|DMA fault|the host does not hold it|COUNT 0/;
+
+class OpenTable extends DmaTrackingTable {
+  readonly memory: GuestMemory;
+  constructor(memory: GuestMemory, root: Gpa, levels: number) {
+    super(memory, root, levels);
+    this.memory = memory;
+  }
+}
+
+class TornTable extends OpenTable {
+  override claimForUnpin(unit: Unit): ReturnType<DmaTrackingTable["claimForUnpin"]> {
+    const seen = this.memory.load32(unit);
+    if (!(seen & P)) return "not-pinned";
+    if (seen !== P) return super.claimForUnpin(unit);
+    this.memory.store32(unit, 0);
+    return "claimed";
+  }
+}
+
+class CountlessTable extends OpenTable {
+  override claimForUnpin(unit: Unit): ReturnType<DmaTrackingTable["claimForUnpin"]> {
+    const seen = this.memory.load32(unit);
+    if (!(seen & P)) return "not-pinned";
+    return this.memory.compareExchange32(unit, seen, seen & ~P) === seen ? "claimed" : "mapped";
+  }
+}
+
+class LiveTable extends OpenTable {
+  override mapped(): boolean {
+    return false;
+  }
+}
+
+/** Leaves P to whoever releases. */
+class LateTable extends OpenTable {
+  override claimForUnpin(unit: Unit): ReturnType<DmaTrackingTable["claimForUnpin"]> {
+    if (this.memory.load32(unit) !== P) return super.claimForUnpin(unit);
+    return "claimed";
+  }
+}
+
+/** A table and a host that know of each other, for what is done in the wrong order. */
+function lateTwin(): Twin {
+  let table: OpenTable | undefined;
+  class LateHost extends FakeHost {
+    override release(handles: Int32Array, count: number): number {
+      const frames = [...handles.subarray(0, count)].map((handle) => this.pages.get(handle)!);
+      const released = super.release(handles, count);
+      for (const gfn of frames.slice(0, released)) {
+        const unit = table?.walk(gfn) ?? NO_UNIT;
+        if (unit !== NO_UNIT) table!.clearPinned(unit);
+      }
+      return released;
+    }
+  }
+  return {
+    backend: {
+      openTable: (...args) => {
+        table = new LateTable(...args);
+        return table;
+      },
+      makeHost: (...args) => new LateHost(...args),
+    },
+  };
+}
+
+function earlyTwin(): Twin {
+  let table: OpenTable | undefined;
+  class EarlyHost extends FakeHost {
+    override pin(addresses: Float64Array, count: number, handles: Int32Array): void {
+      for (const address of addresses.subarray(0, count)) {
+        const unit = table?.walk(((address - HOST_BASE) / 4096) as never) ?? NO_UNIT;
+        if (unit !== NO_UNIT) table!.setPinned(unit);
+      }
+      super.pin(addresses, count, handles);
+    }
+  }
+  return {
+    backend: {
+      openTable: (...args) => {
+        table = new OpenTable(...args);
+        return table;
+      },
+      makeHost: (...args) => new EarlyHost(...args),
+    },
+  };
+}
+
+class HastyIommu extends SoftwareIommu {
+  override quiesce(): boolean {
+    return true;
+  }
+}
+
+class LaxIommu extends SoftwareIommu {
+  override revoke(): void {}
+}
+
+/** Keeps what it pinned of a batch that fails. */
+class HoardingHost extends FakeHost {
+  override pin(addresses: Float64Array, count: number, handles: Int32Array): void {
+    for (let i = 0; i < count; i++) super.pin(addresses.subarray(i), 1, handles.subarray(i));
+  }
+}
+
+class StrayHost extends FakeHost {
+  override pin(addresses: Float64Array, count: number, handles: Int32Array): void {
+    super.pin(
+      addresses.map((address) => address + 64 * 4096),
+      count,
+      handles,
+    );
+  }
+}
+
+/** Looks at P, and counts then. */
+class LookingUnits extends TrackingUnits {
+  override get(gfn: number, nr: number): ReturnType<TrackingUnits["get"]> {
+    let pinned = true;
+    for (let i = 0; i < nr; i++) pinned &&= this.pinned(gfn + i);
+    const counted = super.get(gfn, nr);
+    return counted === "ask" && pinned ? "pinned" : counted;
+  }
+}
+
+/** Counts by load and store. */
+class TornUnits extends TrackingUnits {
+  readonly memory: GuestMemory;
+  constructor(...args: ConstructorParameters<typeof TrackingUnits>) {
+    super(...args);
+    this.memory = args[0];
+  }
+  override put(gfn: number, nr: number): number {
+    for (let i = 0; i < nr; i++) {
+      const unit = this.find(gfn + i);
+      const seen = this.memory.load32(unit);
+      if (seen & TU_COUNT) this.memory.store32(unit, seen - 1);
+    }
+    return nr;
+  }
+}
+
+export const twins: Readonly<Record<string, BrokenTwin>> = {
+  "an unpin by load and store instead of one CAS": {
+    twin: { backend: { openTable: (...args) => new TornTable(...args) } },
+    found: LOST,
+  },
+  "an unpin that ignores COUNT": {
+    twin: { backend: { openTable: (...args) => new CountlessTable(...args) } },
+    found: LOST,
+  },
+  "an unpin of frames that were mapped before PIN was turned on": {
+    twin: { backend: { openTable: (...args) => new LiveTable(...args) } },
+    found: LOST,
+  },
+  "P cleared after the release": { twin: lateTwin, found: LOST },
+  "P set before the page is pinned": { twin: earlyTwin, found: LOST },
+  "a release while a DMA window is open": {
+    twin: { backend: { makeIommu: (...args) => new HastyIommu(...args) } },
+    found: LOST,
+  },
+  "an IOMMU that keeps what was revoked": {
+    twin: { backend: { makeIommu: (...args) => new LaxIommu(...args) } },
+    found: /the IOMMU allows frames|DMA to frame/,
+  },
+  "a batch of pins that fails half way and keeps what it has": {
+    twin: { backend: { makeHost: (...args) => new HoardingHost(...args) } },
+    found: /PIN was refused|the host holds/,
+  },
+  "a pin of the wrong page": {
+    twin: { backend: { makeHost: (...args) => new StrayHost(...args) } },
+    found: /which is not RAM|does not/,
+  },
+  "no quota": { twin: { backend: { quota: Number.POSITIVE_INFINITY } }, found: /the quota is/ },
+  "a device that answers no request": { twin: { backend: { kickLost: () => true } }, found: /lost/ },
+  "a policy that never unpins": {
+    twin: {
+      backend: { policy: () => ({ name: "off", parameters: {}, pinned() {}, tried() {}, candidates() {} }) },
+    },
+    found: /are idle and stay pinned/,
+  },
+  "a driver that looks at P before it counts": {
+    twin: { driver: { openUnits: (...args) => new LookingUnits(...args) } },
+    found: LOST,
+  },
+  "a driver that counts down by load and store": {
+    twin: { driver: { openUnits: (...args) => new TornUnits(...args) } },
+    found: /COUNT 0|unpinned while it is mapped|idle and stay pinned/,
+  },
+};
