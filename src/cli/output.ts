@@ -25,7 +25,7 @@ const median = (values: readonly number[]): number => {
   return sorted.length % 2 ? sorted[middle]! : (sorted[middle - 1]! + sorted[middle]!) / 2;
 };
 
-const number = (n: number): string =>
+export const number = (n: number): string =>
   n >= 100 ? Math.round(n).toLocaleString("en-US") : String(Number(n.toPrecision(3)));
 const mib = (frames: number): string => number((frames * FRAME_SIZE) / 2 ** 20);
 
@@ -68,14 +68,25 @@ const ROWS: readonly Row[] = [
   { label: "I/O errors", of: (r) => r.workload.errors, sum: true },
 ];
 
+/** Rows of a label and what belongs to each column, colours only on a terminal. */
+function newTable(head: readonly string[]): Table.Table {
+  return new Table({
+    head: [...head],
+    colAligns: head.map((_, i) => (i === 0 ? "left" : "right")),
+    style: { head: process.stdout.isTTY ? ["bold"] : [], border: process.stdout.isTTY ? ["grey"] : [] },
+  });
+}
+
+export function plainTable(head: readonly string[], rows: readonly (readonly string[])[]): string {
+  const out = newTable(head);
+  out.push(...rows.map((row) => [...row]));
+  return out.toString();
+}
+
 /** Strategies side by side, the median over the rounds; rows that no strategy has are left out. */
 export function table(runs: readonly RunResult[]): string {
   const strategies = [...new Set(runs.map((r) => r.strategy))];
-  const out = new Table({
-    head: ["", ...strategies],
-    colAligns: ["left", ...strategies.map(() => "right" as const)],
-    style: { head: process.stdout.isTTY ? ["bold"] : [], border: process.stdout.isTTY ? ["grey"] : [] },
-  });
+  const out = newTable(["", ...strategies]);
   for (const row of ROWS) {
     const values = strategies.map((strategy) => {
       const of = runs

@@ -3,6 +3,7 @@ import { compareCommand } from "./compare.ts";
 import { doctorCommand } from "./doctor.ts";
 import { policiesCommand } from "./policies.ts";
 import { runCommand } from "./run.ts";
+import { simCommand } from "./sim.ts";
 
 /** All commands. Wrong usage throws CommanderError, after saying on stderr what is wrong; or UserError. */
 export function program(): Command {
@@ -11,7 +12,7 @@ export function program(): Command {
       "A virtual IOMMU that tracks a guest's DMA buffers cooperatively: pin only what devices use.",
     )
     .showHelpAfterError("(coiommu --help, or coiommu COMMAND --help, shows what is accepted)");
-  for (const command of [doctorCommand(), runCommand(), compareCommand(), policiesCommand()])
+  for (const command of [doctorCommand(), runCommand(), compareCommand(), policiesCommand(), simCommand()])
     root.addCommand(command.copyInheritedSettings(root));
   for (const command of [root, ...root.commands]) command.exitOverride();
   return root;
