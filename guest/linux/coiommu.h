@@ -63,7 +63,7 @@ DECLARE_PER_CPU(struct coiommu_counters, coiommu_counters);
 #define coiommu_add(name, n)	this_cpu_add(coiommu_counters.name, n)
 #define coiommu_count(name)	this_cpu_inc(coiommu_counters.name)
 
-void coiommu_debugfs_init(void);
+void coiommu_debugfs_init(bool selftest);
 void coiommu_debugfs_exit(void);
 
 /* table.c: the DMA Tracking Table. abi.md section 1. */
@@ -112,6 +112,12 @@ struct coiommu_hook {
 	struct list_head node;
 };
 
+/* The part of them that counts and asks; @sgl has the addresses that the device gets. */
+int coiommu_track(struct coiommu_hook *hook, dma_addr_t addr, size_t size);
+void coiommu_untrack(struct coiommu_hook *hook, dma_addr_t addr, size_t size);
+int coiommu_track_sg(struct coiommu_hook *hook, struct scatterlist *sgl, int nents);
+void coiommu_untrack_sg(struct coiommu_hook *hook, struct scatterlist *sgl, int nents);
+
 /* hooks.c: which functions are hooked, and when */
 
 int coiommu_hooks_init(void);
@@ -124,7 +130,20 @@ bool coiommu_hooks_any(u32 *endpoint);
 
 /* pin.c: PIN requests. abi.md section 3. */
 
-struct virtqueue;
+/**
+ * struct coiommu_channel - takes PIN requests to the device, one at a time
+ * @send: give the device a request, and a tail to answer in; an errno if it cannot be given
+ * @await: length that the device wrote, or -ETIMEDOUT: request and tail may be its still
+ * @returned: after -ETIMEDOUT: the device has given them back by now
+ *
+ * Called in atomic context.
+ */
+struct coiommu_channel {
+	int (*send)(const struct virtio_iommu_req_pin *request, size_t size,
+		    struct virtio_iommu_req_tail *tail);
+	int (*await)(void);
+	bool (*returned)(void);
+};
 
 /**
  * struct coiommu_pin - one mapping's pin requests; on the stack of the mapping
@@ -148,7 +167,7 @@ void coiommu_pin_begin(struct coiommu_pin *pin, u32 endpoint);
 void coiommu_pin_add(struct coiommu_pin *pin, u64 gfn, u64 nr);
 int coiommu_pin_end(struct coiommu_pin *pin);
 
-int coiommu_pin_open(struct virtqueue *vq, u32 nr_ranges_max);
+int coiommu_pin_open(const struct coiommu_channel *channel, u32 nr_ranges_max);
 void coiommu_pin_enable(void);
 void coiommu_pin_disable(void);
 void coiommu_pin_close(void);
@@ -161,5 +180,12 @@ int coiommu_status_to_errno(u8 status);
 void coiommu_viommu_read_assigned(void);
 int coiommu_viommu_register(void);
 void coiommu_viommu_unregister(void);
+
+/* selftest.c */
+
+extern const struct file_operations coiommu_selftest_fops;
+
+int coiommu_selftest_init(void);
+void coiommu_selftest_exit(void);
 
 #endif /* COIOMMU_H */

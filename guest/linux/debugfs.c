@@ -56,11 +56,13 @@ static int table_show(struct seq_file *file, void *unused)
 DEFINE_SHOW_ATTRIBUTE(table);
 
 /* debugfs_create_file() guards our file operations against removal while they run. */
-void coiommu_debugfs_init(void)
+void coiommu_debugfs_init(bool selftest)
 {
 	directory = debugfs_create_dir(KBUILD_MODNAME, NULL);
 	debugfs_create_file("counters", 0400, directory, NULL, &counters_fops);
 	debugfs_create_file("table", 0400, directory, NULL, &table_fops);
+	if (selftest)
+		debugfs_create_file("selftest", 0600, directory, NULL, &coiommu_selftest_fops);
 }
 
 void coiommu_debugfs_exit(void)

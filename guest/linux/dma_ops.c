@@ -46,7 +46,7 @@ static int pin(struct coiommu_hook *hook, u64 gfn, u64 nr)
 	return coiommu_pin_end(&pin);
 }
 
-static int track(struct coiommu_hook *hook, dma_addr_t addr, size_t size)
+int coiommu_track(struct coiommu_hook *hook, dma_addr_t addr, size_t size)
 {
 	u64 gfn = first_gfn(hook, addr);
 	u64 nr = nr_frames(addr, size);
@@ -71,7 +71,7 @@ failed:
 	return ret;
 }
 
-static void untrack(struct coiommu_hook *hook, dma_addr_t addr, size_t size)
+void coiommu_untrack(struct coiommu_hook *hook, dma_addr_t addr, size_t size)
 {
 	u64 done = coiommu_dtt_put(first_gfn(hook, addr), nr_frames(addr, size));
 
@@ -105,7 +105,7 @@ static int pin_sg(struct coiommu_hook *hook, struct scatterlist *sgl, int nents)
 	return coiommu_pin_end(&pin);
 }
 
-static int track_sg(struct coiommu_hook *hook, struct scatterlist *sgl, int nents)
+int coiommu_track_sg(struct coiommu_hook *hook, struct scatterlist *sgl, int nents)
 {
 	struct scatterlist *sg;
 	bool ask = false;
@@ -135,6 +135,14 @@ failed:
 	return ret;
 }
 
+void coiommu_untrack_sg(struct coiommu_hook *hook, struct scatterlist *sgl, int nents)
+{
+	u64 done = put_sg(hook, sgl, nents);
+
+	coiommu_count(unmap);
+	coiommu_add(frames_unmapped, done);
+}
+
 static dma_addr_t co_map_page(struct device *dev, struct page *page, unsigned long offset,
 			      size_t size, enum dma_data_direction dir, unsigned long attrs)
 {
@@ -146,7 +154,7 @@ static dma_addr_t co_map_page(struct device *dev, struct page *page, unsigned lo
 		coiommu_count(map_failed);
 		return DMA_MAPPING_ERROR;
 	}
-	if (unlikely(track(hook, addr, size))) {
+	if (unlikely(coiommu_track(hook, addr, size))) {
 		dma_unmap_page_attrs(&hook->shadow, addr, size, dir,
 				     attrs | DMA_ATTR_SKIP_CPU_SYNC);
 		return DMA_MAPPING_ERROR;
@@ -161,7 +169,7 @@ static void co_unmap_page(struct device *dev, dma_addr_t addr, size_t size,
 {
 	struct coiommu_hook *hook = to_hook(dev);
 
-	untrack(hook, addr, size);
+	coiommu_untrack(hook, addr, size);
 	dma_unmap_page_attrs(&hook->shadow, addr, size, dir, attrs);
 }
 
@@ -184,7 +192,7 @@ static int co_map_sg(struct device *dev, struct scatterlist *sgl, int nents,
 		coiommu_count(map_failed);
 		return ret;
 	}
-	if (unlikely(track_sg(hook, sgl, nents))) {
+	if (unlikely(coiommu_track_sg(hook, sgl, nents))) {
 		dma_unmap_sg_attrs(&hook->shadow, sgl, nents, dir, attrs | DMA_ATTR_SKIP_CPU_SYNC);
 		return -ENOMEM;
 	}
@@ -202,17 +210,15 @@ static void co_unmap_sg(struct device *dev, struct scatterlist *sgl, int nents,
 			enum dma_data_direction dir, unsigned long attrs)
 {
 	struct coiommu_hook *hook = to_hook(dev);
-	u64 done = put_sg(hook, sgl, nents);
 
-	coiommu_count(unmap);
-	coiommu_add(frames_unmapped, done);
+	coiommu_untrack_sg(hook, sgl, nents);
 	dma_unmap_sg_attrs(&hook->shadow, sgl, nents, dir, attrs);
 }
 
 /* dma-direct allocates whole pages. */
 static int track_alloc(struct coiommu_hook *hook, dma_addr_t addr, size_t size)
 {
-	int ret = track(hook, addr, PAGE_ALIGN(size));
+	int ret = coiommu_track(hook, addr, PAGE_ALIGN(size));
 
 	if (!ret)
 		coiommu_count(alloc);
@@ -221,7 +227,7 @@ static int track_alloc(struct coiommu_hook *hook, dma_addr_t addr, size_t size)
 
 static void untrack_alloc(struct coiommu_hook *hook, dma_addr_t addr, size_t size)
 {
-	untrack(hook, addr, PAGE_ALIGN(size));
+	coiommu_untrack(hook, addr, PAGE_ALIGN(size));
 	coiommu_count(free);
 }
 

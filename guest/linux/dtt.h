@@ -23,6 +23,8 @@ struct coiommu_dtt {
 
 extern struct coiommu_dtt coiommu_dtt;
 
+atomic_t *coiommu_dtt_unit(u64 gfn);
+
 static inline void *entry_table(u64 entry)
 {
 	return entry & COIOMMU_ENTRY_PRESENT ? phys_to_virt(entry & ENTRY_ADDRESS) : NULL;

@@ -7,7 +7,12 @@
 
 #include "coiommu.h"
 
-static int __init coiommu_init(void)
+/* Read-only: what was loaded for work never tests itself. */
+static bool selftest;
+module_param(selftest, bool, 0444);
+MODULE_PARM_DESC(selftest, "Track nothing; instead, test the counting by a debugfs file");
+
+static int __init start_tracking(void)
 {
 	int ret;
 
@@ -15,20 +20,34 @@ static int __init coiommu_init(void)
 	if (ret)
 		return ret;
 	ret = coiommu_viommu_register();
-	if (ret) {
+	if (ret)
 		coiommu_hooks_exit();
-		return ret;
-	}
-	coiommu_debugfs_init();
-	return 0;
+	return ret;
 }
 
 /* Nothing is hooked: each hook holds a reference to the module. */
-static void __exit coiommu_exit(void)
+static void __exit stop_tracking(void)
 {
 	coiommu_viommu_unregister();
 	coiommu_hooks_exit();
+}
+
+static int __init coiommu_init(void)
+{
+	int ret = selftest ? coiommu_selftest_init() : start_tracking();
+
+	if (!ret)
+		coiommu_debugfs_init(selftest);
+	return ret;
+}
+
+static void __exit coiommu_exit(void)
+{
 	coiommu_debugfs_exit();
+	if (selftest)
+		coiommu_selftest_exit();
+	else
+		stop_tracking();
 	coiommu_dtt_destroy();
 }
 

@@ -8,25 +8,12 @@
 #define pr_fmt(fmt) KBUILD_MODNAME ": " fmt
 
 #include <linux/cache.h>
-#include <linux/ktime.h>
 #include <linux/mm.h>
 #include <linux/pci.h>
 #include <linux/ratelimit.h>
-#include <linux/scatterlist.h>
 #include <linux/spinlock.h>
-#include <linux/virtio.h>
 
 #include "coiommu.h"
-
-/* A host that takes longer is taken for dead: the CPU spins all that time. */
-#define PIN_WAIT_MS		5000
-/*
- * Notifications get lost: QEMU 7.2 drops an access to an x-pci-proxy-dev while
- * another CPU has one under way ("Blocked re-entrant IO").
- */
-#define RENOTIFY_MS		10
-/* How many polls between two looks at the clock, which may be slow to read. */
-#define POLLS_PER_CLOCK		256
 
 /* No status of the standard: what the tail says until the device has answered. */
 #define STATUS_UNANSWERED	0xff
@@ -41,10 +28,10 @@ struct pin_buffer {
 			 sizeof(struct virtio_iommu_pin_range))
 
 static struct {
-	spinlock_t lock;	/* protects all of it, and the virtqueue */
+	spinlock_t lock;	/* protects all of it, and the channel */
 	bool on;		/* the device has said that PIN is on */
 	bool lost;		/* it has not given the buffer back in time */
-	struct virtqueue *vq;
+	const struct coiommu_channel *channel;
 	struct pin_buffer *buffer;
 	u32 nr_ranges;		/* of the request being built */
 	u32 nr_ranges_max;
@@ -128,38 +115,11 @@ static void count_status(u8 status)
 	}
 }
 
-/* Length that the device wrote, or -ETIMEDOUT. */
-static int await_answer(void)
-{
-	ktime_t deadline = 0, renotify = 0;
-	unsigned int len, polls = 0;
-
-	while (!virtqueue_get_buf(requests.vq, &len)) {
-		ktime_t now;
-
-		cpu_relax();
-		if (polls++ % POLLS_PER_CLOCK)
-			continue;
-		now = ktime_get();
-		if (!deadline)
-			deadline = ktime_add_ms(now, PIN_WAIT_MS);
-		else if (ktime_after(now, renotify))
-			virtqueue_notify(requests.vq);
-		else
-			continue;
-		renotify = ktime_add_ms(now, RENOTIFY_MS);
-		if (ktime_after(now, deadline) || virtqueue_is_broken(requests.vq))
-			return -ETIMEDOUT;
-	}
-	return len;
-}
-
 /* Send the request in the buffer and wait: the status of abi.md section 3, or an errno. */
 static int exchange(u32 endpoint)
 {
 	struct virtio_iommu_req_pin *request = &requests.buffer->request;
 	struct virtio_iommu_req_tail *tail = &requests.buffer->tail;
-	struct scatterlist out, in, *sgs[] = { &out, &in };
 	int ret;
 
 	lockdep_assert_held(&requests.lock);
@@ -170,15 +130,13 @@ static int exchange(u32 endpoint)
 	request->nr_ranges = cpu_to_le32(requests.nr_ranges);
 	*tail = (struct virtio_iommu_req_tail){ .status = STATUS_UNANSWERED };
 
-	sg_init_one(&out, request, struct_size(request, ranges, requests.nr_ranges));
-	sg_init_one(&in, tail, sizeof(*tail));
-	ret = virtqueue_add_sgs(requests.vq, sgs, 1, 1, requests.buffer, GFP_ATOMIC);
+	ret = requests.channel->send(request, struct_size(request, ranges, requests.nr_ranges),
+				     tail);
 	if (ret)
 		return ret;
 	coiommu_count(pin_requests);
-	virtqueue_kick(requests.vq);
 
-	ret = await_answer();
+	ret = requests.channel->await();
 	if (ret < 0) {
 		/* The buffer may be the device's still: leave it alone. See recover(). */
 		requests.lost = true;
@@ -237,9 +195,7 @@ static void flush(struct coiommu_pin *pin)
  */
 static bool recover(void)
 {
-	unsigned int len;
-
-	if (!requests.lost || !requests.on || !virtqueue_get_buf(requests.vq, &len))
+	if (!requests.lost || !requests.on || !requests.channel->returned())
 		return false;
 	requests.lost = false;
 	return true;
@@ -346,12 +302,12 @@ int coiommu_pin_end(struct coiommu_pin *pin) __releases(&requests.lock)
 }
 
 /* @nr_ranges_max: what the device accepts. Requests are refused until coiommu_pin_enable(). */
-int coiommu_pin_open(struct virtqueue *vq, u32 nr_ranges_max)
+int coiommu_pin_open(const struct coiommu_channel *channel, u32 nr_ranges_max)
 {
 	requests.buffer = (void *)get_zeroed_page(GFP_KERNEL);
 	if (!requests.buffer)
 		return -ENOMEM;
-	requests.vq = vq;
+	requests.channel = channel;
 	requests.nr_ranges_max = min_t(u32, nr_ranges_max, BUFFER_RANGES);
 	return 0;
 }
@@ -376,9 +332,8 @@ void coiommu_pin_close(void)
 {
 	if (!requests.buffer)
 		return;
-	virtqueue_detach_unused_buf(requests.vq);
 	requests.lost = false;
-	requests.vq = NULL;
+	requests.channel = NULL;
 	free_page((unsigned long)requests.buffer);
 	requests.buffer = NULL;
 }

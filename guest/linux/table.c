@@ -53,7 +53,7 @@ static void free_table(void *table)
 /*
  * ORDERING: the cmpxchg64() is fully ordered, hence also the release store that
  * abi.md section 1 asks for: who sees the entry sees a zeroed table.
- * PAIRS WITH: find_unit() in units.c, and the host's acquire loads in its walk of the table.
+ * PAIRS WITH: coiommu_dtt_unit(), and the host's acquire loads in its walk of the table.
  */
 static void *make_table(u64 *entry)
 {

@@ -14,7 +14,7 @@ static_assert(sizeof(atomic_t) == COIOMMU_UNIT_SIZE);
  * entry before any access to the table it points to.
  * PAIRS WITH: the cmpxchg64() in make_table(), table.c.
  */
-static atomic_t *find_unit(u64 gfn)
+atomic_t *coiommu_dtt_unit(u64 gfn)
 {
 	unsigned int shift = coiommu_dtt.top_shift;
 	void *table = coiommu_dtt.root;
@@ -35,7 +35,7 @@ static atomic_t *find_unit(u64 gfn)
 /* The unit of @gfn, given that of @gfn - 1 or NULL. */
 static inline atomic_t *next_unit(atomic_t *unit, u64 gfn)
 {
-	return unit && (gfn & (LEAF_UNITS - 1)) ? unit + 1 : find_unit(gfn);
+	return unit && (gfn & (LEAF_UNITS - 1)) ? unit + 1 : coiommu_dtt_unit(gfn);
 }
 
 /*
@@ -134,7 +134,7 @@ u64 coiommu_dtt_put(u64 gfn, u64 nr)
  */
 bool coiommu_dtt_pinned(u64 gfn)
 {
-	atomic_t *unit = find_unit(gfn);
+	atomic_t *unit = coiommu_dtt_unit(gfn);
 
 	return unit && (atomic_read(unit) & COIOMMU_TU_PINNED);
 }

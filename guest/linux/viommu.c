@@ -1,19 +1,83 @@
 // SPDX-License-Identifier: GPL-2.0
-/* The virtio-iommu device with PIN_PAGE: configuration and control. abi.md section 3. */
+/* The virtio-iommu device with PIN_PAGE: configuration, control and requests. abi.md section 3. */
 #include <linux/cc_platform.h>
 #include <linux/gfp.h>
+#include <linux/ktime.h>
 #include <linux/module.h>
+#include <linux/scatterlist.h>
 #include <linux/virtio.h>
 #include <linux/virtio_config.h>
 
 #include "coiommu.h"
 
+/* A host that takes longer is taken for dead: the CPU spins all that time. */
+#define PIN_WAIT_MS		5000
+/*
+ * Notifications get lost: QEMU 7.2 drops an access to an x-pci-proxy-dev while
+ * another CPU has one under way ("Blocked re-entrant IO").
+ */
+#define RENOTIFY_MS		10
+/* How many polls between two looks at the clock, which may be slow to read. */
+#define POLLS_PER_CLOCK		256
+
 static struct {
 	atomic_t claimed;	/* one device at a time: there is one table */
 	struct virtio_device *vdev;
-	struct virtqueue *vq;
+	struct virtqueue *vq;	/* with PIN on, pin.c's lock protects it */
 	u8 *assigned;		/* filled by the device */
 } viommu;
+
+static int send_request(const struct virtio_iommu_req_pin *request, size_t size,
+			struct virtio_iommu_req_tail *tail)
+{
+	struct scatterlist out, in, *sgs[] = { &out, &in };
+	int ret;
+
+	sg_init_one(&out, request, size);
+	sg_init_one(&in, tail, sizeof(*tail));
+	ret = virtqueue_add_sgs(viommu.vq, sgs, 1, 1, tail, GFP_ATOMIC);
+	if (!ret)
+		virtqueue_kick(viommu.vq);
+	return ret;
+}
+
+static int await_answer(void)
+{
+	ktime_t deadline = 0, renotify = 0;
+	unsigned int len, polls = 0;
+
+	while (!virtqueue_get_buf(viommu.vq, &len)) {
+		ktime_t now;
+
+		cpu_relax();
+		if (polls++ % POLLS_PER_CLOCK)
+			continue;
+		now = ktime_get();
+		if (!deadline)
+			deadline = ktime_add_ms(now, PIN_WAIT_MS);
+		else if (ktime_after(now, renotify))
+			virtqueue_notify(viommu.vq);
+		else
+			continue;
+		renotify = ktime_add_ms(now, RENOTIFY_MS);
+		if (ktime_after(now, deadline) || virtqueue_is_broken(viommu.vq))
+			return -ETIMEDOUT;
+	}
+	return len;
+}
+
+static bool request_returned(void)
+{
+	unsigned int len;
+
+	return virtqueue_get_buf(viommu.vq, &len);
+}
+
+static const struct coiommu_channel channel = {
+	.send		= send_request,
+	.await		= await_answer,
+	.returned	= request_returned,
+};
 
 /*
  * Let the device fill the bitmap. A write may be posted; a read is not, and
@@ -142,7 +206,7 @@ static int start(struct virtio_device *vdev)
 		viommu.vq = NULL;
 		return ret;
 	}
-	ret = coiommu_pin_open(viommu.vq, batch_max);
+	ret = coiommu_pin_open(&channel, batch_max);
 	if (ret)
 		return ret;
 	virtio_device_ready(vdev);
@@ -157,6 +221,7 @@ static void stop(struct virtio_device *vdev)
 		virtio_cwrite8(vdev, VIRTIO_IOMMU_CONFIG_PIN_CONTROL,
 			       VIRTIO_IOMMU_PIN_CONTROL_OFF);
 		virtio_reset_device(vdev);
+		virtqueue_detach_unused_buf(viommu.vq);
 		coiommu_pin_close();
 		vdev->config->del_vqs(vdev);
 		viommu.vq = NULL;
