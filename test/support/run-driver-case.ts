@@ -36,9 +36,16 @@ export interface MapOutcome {
   readonly requests: readonly SeenRequest[];
 }
 
+export interface UnmapOutcome {
+  /** Frames that were counted down. */
+  readonly counted: number;
+  /** Frames that had no mapping, as the driver reports them. */
+  readonly reported: number;
+}
+
 type Awaitable<T> = T | Promise<T>;
 
-/** A driver for the guest MACHINE, whose host is a script. */
+/** A driver for the guest MACHINE, whose host is a script. Calls are carried out in their order, awaited or not. */
 export interface DriverUnderTest {
   /** An empty table, and a device that is on and accepts `batchMax` ranges; `frames`: whose units are looked at. */
   reset(batchMax: number, frames: readonly number[]): Awaitable<void>;
@@ -47,8 +54,7 @@ export interface DriverUnderTest {
   units(): Awaitable<UnitWords>;
   /** A request for which `host` has no answer is one too many: it is reported, and what comes of it is open. */
   map(buffers: Buffers, host: readonly HostAnswer[]): Awaitable<MapOutcome>;
-  /** How many frames were counted down. */
-  unmap(buffers: Buffers): Awaitable<number>;
+  unmap(buffers: Buffers): Awaitable<UnmapOutcome>;
   /** The request that got silence comes back, after P of `pins` was set. */
   late(pins: readonly number[]): Awaitable<void>;
   device(on: boolean): Awaitable<void>;
@@ -56,29 +62,34 @@ export interface DriverUnderTest {
 
 /** Run a case; returns the first difference between what it says and what happened. */
 export async function firstDifference(driver: DriverUnderTest, tested: Case): Promise<string | undefined> {
-  await driver.reset(tested.batchMax ?? BATCH_MAX, watched(tested));
-  for (const [i, step] of tested.steps.entries()) {
-    const difference = await runStep(driver, step);
-    if (difference) return `${tested.name} (section ${tested.section}): step ${i + 1}: ${difference}`;
-  }
-  return undefined;
+  // No step waits for the one before, so that a driver far away can take them all at once.
+  const [, ...differences] = await Promise.all([
+    driver.reset(tested.batchMax ?? BATCH_MAX, watched(tested)),
+    ...tested.steps.map((step) => runStep(driver, step)),
+  ]);
+  const at = differences.findIndex((difference) => difference !== undefined);
+  return at < 0
+    ? undefined
+    : `${tested.name} (section ${tested.section}): step ${at + 1}: ${differences[at]}`;
 }
 
 async function runStep(driver: DriverUnderTest, step: Step): Promise<string | undefined> {
   if ("set" in step) {
-    for (const [gfn, word] of parseUnits(step.set)) await driver.setUnit(gfn, word);
+    await Promise.all([...parseUnits(step.set)].map(([gfn, word]) => driver.setUnit(gfn, word)));
     return undefined;
   }
   if ("late" in step) return void (await driver.late(step.late));
   if ("device" in step) return void (await driver.device(step.device === "on"));
   if ("unmap" in step) {
-    const counted = await driver.unmap(step.unmap);
+    const [{ counted, reported }, units] = await Promise.all([driver.unmap(step.unmap), driver.units()]);
     return (
       differs("frames counted down", counted, step.counted) ??
-      differs("units", formatUnits(await driver.units()), step.units)
+      differs("frames reported", reported, touched(step.unmap).length - step.counted) ??
+      differs("units", formatUnits(units), step.units)
     );
   }
-  const { requests, result } = await driver.map(step.map, step.asks.map(hostAnswer));
+  const mapped = driver.map(step.map, step.asks.map(hostAnswer));
+  const [{ requests, result }, units] = await Promise.all([mapped, driver.units()]);
   for (const [i, asked] of step.asks.entries()) {
     const difference = requestDiffers(requests[i], asked);
     if (difference) return `request ${i + 1}: ${difference}`;
@@ -86,7 +97,7 @@ async function runStep(driver: DriverUnderTest, step: Step): Promise<string | un
   return (
     differs("number of requests", requests.length, step.asks.length) ??
     differs("result", result, step.result) ??
-    differs("units", formatUnits(await driver.units()), step.units)
+    differs("units", formatUnits(units), step.units)
   );
 }
 

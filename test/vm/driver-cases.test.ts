@@ -1,36 +1,255 @@
-/** The kernel module does what the case table says; modules broken on purpose do not. */
+/** The kernel module does what the case table says, and modules that are broken on purpose do not. */
 import assert from "node:assert/strict";
-import { cpSync, mkdtempSync, readFileSync, rmSync, writeFileSync } from "node:fs";
+import { appendFileSync, cpSync, mkdtempSync, readFileSync, rmSync, writeFileSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
-import { after, type TestContext, test } from "node:test";
+import { after, before, test } from "node:test";
 import { demand } from "../../src/control/guest-side.ts";
 import type { GuestAgent } from "../../src/machine/qemu/agent.ts";
-import { ensureGuest, type Guest } from "../../src/machine/qemu/guest.ts";
+import { ensureGuest } from "../../src/machine/qemu/guest.ts";
 import { GUEST_SOURCES } from "../../src/machine/qemu/module.ts";
-import { startQemu } from "../../src/machine/qemu/qemu.ts";
+import { type Qemu, startQemu } from "../../src/machine/qemu/qemu.ts";
 import { firstDifference } from "../support/run-driver-case.ts";
 import { CASES, MACHINE } from "../vectors/driver-cases.ts";
 import { KernelModule } from "./kernel-module.ts";
 
-/** A guest without any device of ours. */
-async function bootedGuest(t: TestContext, guest: Guest): Promise<GuestAgent> {
+const SOURCES = join(GUEST_SOURCES, "linux");
+
+/** A guest without any device of ours, for a module made from `sources`. */
+async function bootedGuest(sources: string): Promise<Qemu> {
+  const guest = await ensureGuest((text) => console.log(text), sources);
   const qemu = await startQemu({ ...guest, ...MACHINE, accel: "auto" });
-  t.after(() => qemu.close());
   await qemu.resume();
   await qemu.agent.hello(90_000);
-  return qemu.agent;
+  return qemu;
 }
 
-const load = (agent: GuestAgent, parameters: string) =>
-  demand(agent, `modprobe coiommu ${parameters}`, "loading the module");
-const unload = (agent: GuestAgent) => demand(agent, "rmmod coiommu", "unloading the module");
+let qemu: Qemu;
+before(async () => {
+  qemu = await bootedGuest(SOURCES);
+});
+after(() => qemu?.close());
+
+/** Load the module, run all cases, and unload it: for each case the first difference, or undefined. */
+async function differences(agent: GuestAgent, parameters: string): Promise<(string | undefined)[]> {
+  await demand(agent, `modprobe coiommu selftest=1 ${parameters}`, "loading the module");
+  const driver = new KernelModule(agent);
+  try {
+    return await Promise.all(CASES.map((tested) => firstDifference(driver, tested)));
+  } finally {
+    await demand(agent, "rmmod coiommu", "unloading the module");
+  }
+}
 
 test("the kernel module passes every case", async (t) => {
-  const agent = await bootedGuest(t, await ensureGuest((text) => t.diagnostic(text)));
-  await load(agent, "selftest=1");
-  const driver = new KernelModule(agent);
-  for (const tested of CASES)
-    await t.test(tested.name, async () => assert.equal(await firstDifference(driver, tested), undefined));
-  await unload(agent);
+  const found = await differences(qemu.agent, "");
+  for (const [i, { name }] of CASES.entries()) await t.test(name, () => assert.equal(found[i], undefined));
+});
+
+test("the self-test takes no command that is not well-formed", async () => {
+  await demand(qemu.agent, "modprobe coiommu selftest=1", "loading the module");
+  const refused = `
+reset
+reset 0
+reset x
+reset 4294967296
+device
+device perhaps
+units 1
+nonsense 1
+watch -1
+set 100
+set 100 1 1
+set 100 4294967296
+set 131072 1
+silence 1
+late 131072
+answer 4
+answer 4 256
+answer 256 0
+answer 4 0 131072
+map_single
+map_single 100 0
+map_single 100 0 1 101 0 1
+map_sg 100 4096 1
+map_sg 100 0 1048577
+unmap_single 1099511627776 0 1
+unmap_sg${" 100 0 1".repeat(22)}
+watch${" 1".repeat(64)}
+units${" ".repeat(4096)}`.split("\n");
+  const script = `${refused.map((c) => `(echo '${c}' >$f) 2>/dev/null && echo 'taken: ${c}'`).join("\n")}
+for i in 1 2 3 4 5 6 7 8 9; do (echo silence >$f) 2>/dev/null || echo $i; done
+(echo units; echo units) >$f 2>/dev/null || echo twice
+exec 3<>$f; echo units >&3; cat <&3; exec 3>&-
+ls /sys/bus/virtio/drivers; rmmod coiommu`;
+  const said = await demand(qemu.agent, `f=/sys/kernel/debug/coiommu/selftest\n${script}`, "commands");
+  assert.equal(said, "9\ntwice\nunits\n", "and no virtio driver is registered");
+});
+
+test("a module that was loaded for work has no self-test, and none can be turned on", async () => {
+  const script = `modprobe coiommu && ls /sys/kernel/debug/coiommu
+cd /sys/module/coiommu/parameters && echo 1 2>/dev/null >selftest; cat selftest; rmmod coiommu`;
+  assert.equal(await demand(qemu.agent, script, "looking at the module"), "counters\ntable\nN\n");
+});
+
+interface Twin {
+  readonly what: string;
+  readonly file: string;
+  /** Occurs once in the file. */
+  readonly sound: string;
+  /** TWIN: 1 while the module is to be this twin, else 0. */
+  readonly broken: string;
+}
+
+const TWINS: readonly Twin[] = [
+  {
+    what: "asks before it counts",
+    file: "dma_ops.c",
+    sound: "ret = coiommu_dtt_get(gfn, nr, &ask);",
+    broken:
+      "ret = TWIN && !coiommu_dtt_pinned(gfn) ? pin(hook, gfn, nr) : 0; if (!ret) ret = coiommu_dtt_get(gfn, nr, &ask);",
+  },
+  {
+    what: "counts a frame too many",
+    file: "dma_ops.c",
+    sound: "return PFN_UP((u64)offset_in_page(addr) + size);",
+    broken: "return PFN_UP((u64)offset_in_page(addr) + size + TWIN);",
+  },
+  {
+    what: "does not roll a list back",
+    file: "dma_ops.c",
+    sound: "put_sg(hook, sgl, i);",
+    broken: "if (!TWIN) put_sg(hook, sgl, i);",
+  },
+  {
+    what: "does not roll a buffer back that cannot be pinned",
+    file: "dma_ops.c",
+    sound: "coiommu_dtt_put(gfn, nr);",
+    broken: "if (!TWIN) coiommu_dtt_put(gfn, nr);",
+  },
+  {
+    what: "does not roll a buffer back that cannot be counted",
+    file: "units.c",
+    sound: "coiommu_dtt_put(gfn, i);",
+    broken: "if (!TWIN) coiommu_dtt_put(gfn, i);",
+  },
+  {
+    what: "leaves COUNT beyond its limit",
+    file: "units.c",
+    sound: "\t\t\tput_unit(unit);",
+    broken: "if (!TWIN) put_unit(unit);",
+  },
+  {
+    what: "borrows from the flags",
+    file: "units.c",
+    sound: "if (!(value & COIOMMU_TU_COUNT))",
+    broken: "if (!TWIN && !(value & COIOMMU_TU_COUNT))",
+  },
+  {
+    what: "does not set A",
+    file: "units.c",
+    sound: "if (!(value & COIOMMU_TU_ACCESSED))",
+    broken: "if (!TWIN && !(value & COIOMMU_TU_ACCESSED))",
+  },
+  {
+    what: "does not look at P",
+    file: "units.c",
+    sound: "if (!(value & COIOMMU_TU_PINNED))",
+    broken: "if (!TWIN && !(value & COIOMMU_TU_PINNED))",
+  },
+  {
+    what: "does not merge neighbours",
+    file: "pin.c",
+    sound: "if (gfn == end) {",
+    broken: "if (!TWIN && gfn == end) {",
+  },
+  {
+    what: "asks twice for a frame that neighbours in a list share",
+    file: "pin.c",
+    sound: "if (gfn >= start && gfn < end)",
+    broken: "if (!TWIN && gfn >= start && gfn < end)",
+  },
+  {
+    what: "asks for pinned frames too",
+    file: "pin.c",
+    sound: "if (!coiommu_dtt_pinned(gfn))",
+    broken: "if (TWIN || !coiommu_dtt_pinned(gfn))",
+  },
+  {
+    what: "asks for a range more than the device takes",
+    file: "pin.c",
+    sound: "requests.nr_ranges == requests.nr_ranges_max)",
+    broken: "requests.nr_ranges == requests.nr_ranges_max + TWIN)",
+  },
+  {
+    what: "asks for another endpoint",
+    file: "pin.c",
+    sound: "cpu_to_le32(endpoint)",
+    broken: "cpu_to_le32(endpoint + TWIN)",
+  },
+  {
+    what: "believes OK without P",
+    file: "pin.c",
+    sound: "if (!all_pinned())",
+    broken: "if (!TWIN && !all_pinned())",
+  },
+  {
+    what: "reads a status that was not written",
+    file: "pin.c",
+    sound: "ret < sizeof(*tail)",
+    broken: "!TWIN && ret < sizeof(*tail)",
+  },
+  {
+    what: "asks while a request is lost",
+    file: "pin.c",
+    sound: "requests.lost = true;",
+    broken: "requests.lost = !TWIN;",
+  },
+  {
+    what: "does not ask again after a late answer",
+    file: "pin.c",
+    sound: "\trequests.lost = false;\n\treturn true;",
+    broken: "\trequests.lost = TWIN;\n\treturn true;",
+  },
+  {
+    what: "asks with PIN off",
+    file: "pin.c",
+    sound: "(!requests.on || requests.lost)",
+    broken: "((!TWIN && !requests.on) || requests.lost)",
+  },
+];
+
+/** One module that can be each twin, by its parameter "twin": 1 is the first, 0 the sound module. */
+function writeTwins(folder: string): void {
+  cpSync(SOURCES, folder, { recursive: true });
+  for (const [i, { file, sound, broken }] of TWINS.entries()) {
+    const [before, after, ...more] = readFileSync(join(folder, file), "utf8").split(sound);
+    assert.ok(after !== undefined && more.length === 0, `${file} does not have "${sound}" once`);
+    writeFileSync(
+      join(folder, file),
+      before + broken.replaceAll("TWIN", `(coiommu_twin == ${i + 1})`) + after,
+    );
+  }
+  appendFileSync(join(folder, "coiommu_abi.h"), "extern int coiommu_twin;\n");
+  appendFileSync(
+    join(folder, "main.c"),
+    "int coiommu_twin;\nmodule_param_named(twin, coiommu_twin, int, 0);\n",
+  );
+}
+
+test("the table finds what is broken", async (t) => {
+  const folder = mkdtempSync(join(tmpdir(), "coiommu-twins-"));
+  t.after(() => rmSync(folder, { recursive: true }));
+  writeTwins(folder);
+  const broken = await bootedGuest(folder);
+  t.after(() => broken.close());
+  const found = async (twin: number) =>
+    (await differences(broken.agent, `twin=${twin}`)).filter((d) => d !== undefined);
+  assert.deepEqual(await found(0), []);
+  for (const [i, { what }] of TWINS.entries())
+    await t.test(`a module that ${what}`, async (t) => {
+      const [first] = await found(i + 1);
+      assert.ok(first);
+      t.diagnostic(first);
+    });
 });

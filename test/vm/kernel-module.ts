@@ -1,18 +1,24 @@
 /** The kernel module in a running guest as a driver under test, through the debugfs file of its self-test. */
-import { invariant } from "../../src/base/errors.ts";
 import { demand } from "../../src/control/guest-side.ts";
 import type { GuestAgent } from "../../src/machine/qemu/agent.ts";
 import type {
   DriverUnderTest,
   HostAnswer,
   MapOutcome,
-  SeenRequest,
   UnitWords,
+  UnmapOutcome,
 } from "../support/run-driver-case.ts";
-import { type Buffers, touched } from "../vectors/driver-case.ts";
+import type { Buffers } from "../vectors/driver-case.ts";
 
-const FUNCTION = `f=/sys/kernel/debug/coiommu/selftest
-c() { exec 3<>$f && echo "$*" >&3 && while read -r l <&3; do echo "$l"; done; s=$?; exec 3>&-; [ $s = 0 ] || { echo "failed: $*"; exit 1; } }
+/** A line with END after what a command has said. */
+const END = ".";
+const RUN = `f=/sys/kernel/debug/coiommu/selftest
+c() {
+  exec 3<>$f && echo "$*" >&3 || { echo "refused: $*"; exit 1; }
+  while read -r l <&3; do echo "$l"; done
+  exec 3>&-
+  echo ${END}
+}
 `;
 
 /** Why a mapping failed, by the counter that says so, and the errno that goes with it. */
@@ -33,92 +39,89 @@ const FAILURES: Readonly<Record<string, readonly [result: string, errno: number]
   pin_status_unknown: ["refused unknown", 5],
 };
 
-/** What a mapping or an unmapping has said. */
-interface Report {
-  readonly requests: readonly SeenRequest[];
-  readonly returned: number;
-  readonly counters: ReadonlyMap<string, number>;
-  readonly units: UnitWords;
-}
+/** What a command has said: the words of its lines. */
+type Lines = readonly (readonly string[])[];
 
 export class KernelModule implements DriverUnderTest {
   readonly #agent: GuestAgent;
-  /** Sent with the next command that has something to say: a command costs a round trip. */
-  #pending: string[] = [];
-  #units: UnitWords = new Map();
+  /** Waiting for the next round trip to the guest. */
+  #commands: { readonly text: string; readonly done: PromiseWithResolvers<Lines> }[] = [];
 
   constructor(agent: GuestAgent) {
     this.#agent = agent;
   }
 
-  reset(batchMax: number, frames: readonly number[]): void {
-    this.#pending = [`reset ${batchMax}`, `watch ${frames.join(" ")}`];
+  async reset(batchMax: number, frames: readonly number[]): Promise<void> {
+    await Promise.all([this.#run("reset", batchMax), this.#run("watch", ...frames)]);
   }
 
-  setUnit(gfn: number, word: number): void {
-    this.#pending.push(`set ${gfn} ${word}`);
+  async setUnit(gfn: number, word: number): Promise<void> {
+    await this.#run("set", gfn, word);
   }
 
-  units(): UnitWords {
-    return this.#units;
+  async units(): Promise<UnitWords> {
+    return unitsOf(await this.#run("units"))[0]!;
   }
 
-  late(pins: readonly number[]): void {
-    this.#pending.push(`late ${pins.join(" ")}`);
+  async late(pins: readonly number[]): Promise<void> {
+    await this.#run("late", ...pins);
   }
 
-  device(on: boolean): void {
-    this.#pending.push(`device ${on ? "on" : "off"}`);
+  async device(on: boolean): Promise<void> {
+    await this.#run("device", on ? "on" : "off");
   }
 
-  async map(buffers: Buffers, host: readonly HostAnswer[]): Promise<MapOutcome> {
-    for (const { pins, reply } of host)
-      this.#pending.push(
-        reply === "silence" ? "silence" : `answer ${reply.written} ${reply.status} ${pins.join(" ")}`,
-      );
-    const { requests, returned, counters } = await this.#run("map", buffers);
-    return { requests, result: resultOf(returned, counters) };
+  async map({ kind, pieces }: Buffers, host: readonly HostAnswer[]): Promise<MapOutcome> {
+    const answers = host.map(({ pins, reply }) =>
+      reply === "silence" ? this.#run("silence") : this.#run("answer", reply.written, reply.status, ...pins),
+    );
+    const mapped = this.#run(`map_${kind}`, ...pieces.flat());
+    const [said] = await Promise.all([mapped, ...answers]);
+    const units = unitsOf(said);
+    return {
+      requests: named(said, "request").map(([bytes], i) => ({
+        ...{ bytes: Buffer.from(bytes!, "hex"), units: units[i]! },
+      })),
+      result: resultOf(Number(named(said, "returned")[0]![0]), countersOf(said)),
+    };
   }
 
-  async unmap(buffers: Buffers): Promise<number> {
-    const { counters } = await this.#run("unmap", buffers);
-    const done = counters.get("frames_unmapped") ?? 0;
-    const refused = counters.get("underflow") ?? 0;
-    invariant(done + refused === touched(buffers).length, "a frame is neither counted down nor reported");
-    return done;
+  async unmap({ kind, pieces }: Buffers): Promise<UnmapOutcome> {
+    const counters = countersOf(await this.#run(`unmap_${kind}`, ...pieces.flat()));
+    return { counted: counters.get("frames_unmapped") ?? 0, reported: counters.get("underflow") ?? 0 };
   }
 
-  async #run(what: "map" | "unmap", { kind, pieces }: Buffers): Promise<Report> {
-    this.#pending.push(`${what}_${kind} ${pieces.flat().join(" ")}`, "units");
-    const script = FUNCTION + this.#pending.map((command) => `c ${command}`).join("\n");
-    this.#pending = [];
-    const report = parseReport(await demand(this.#agent, script, "a command of the self-test"));
-    this.#units = report.units;
-    return report;
+  #run(...words: readonly (string | number)[]): Promise<Lines> {
+    const done = Promise.withResolvers<Lines>();
+    if (this.#commands.length === 0) setImmediate(() => void this.#send());
+    this.#commands.push({ text: words.join(" "), done });
+    return done.promise;
+  }
+
+  async #send(): Promise<void> {
+    const commands = this.#commands;
+    this.#commands = [];
+    const script = RUN + commands.map(({ text }) => `c ${text}\n`).join("");
+    try {
+      const said = (await demand(this.#agent, script, "the self-test")).split(`${END}\n`);
+      commands.forEach(({ done }, i) => {
+        done.resolve(said[i]!.split("\n").map((line) => line.split(" ")));
+      });
+    } catch (error) {
+      for (const { done } of commands) done.reject(error);
+    }
   }
 }
 
-function parseReport(text: string): Report {
-  const lines = text
-    .trim()
-    .split("\n")
-    .map((line) => line.split(" "));
-  const all = (name: string) => lines.filter((words) => words[0] === name).map((words) => words.slice(1));
-  const units = all("units").map(
-    (words) =>
-      new Map(words.map((w) => w.split("=")).map(([gfn, word]) => [Number(gfn), Number.parseInt(word!, 16)])),
+const named = (lines: Lines, name: string): Lines =>
+  lines.filter((words) => words[0] === name).map((words) => words.slice(1));
+const pairs = (words: readonly string[], base: number): Map<string, number> =>
+  new Map(words.map((word) => word.split("=")).map(([name, n]) => [name!, Number.parseInt(n!, base)]));
+const countersOf = (lines: Lines): Map<string, number> => pairs(named(lines, "counters")[0]!, 10);
+const unitsOf = (lines: Lines): UnitWords[] =>
+  named(lines, "units").map(
+    (words) => new Map([...pairs(words, 16)].map(([gfn, word]) => [Number(gfn), word])),
   );
-  return {
-    requests: all("request").map(([bytes], i) => ({ bytes: Buffer.from(bytes!, "hex"), units: units[i]! })),
-    returned: Number(all("returned")[0]![0]),
-    counters: new Map(
-      all("counters")[0]!
-        .map((w) => w.split("="))
-        .map(([name, n]) => [name!, Number(n)]),
-    ),
-    units: units.at(-1)!,
-  };
-}
 
 /** The errno and the counters must tell the same. */
 function resultOf(returned: number, counters: ReadonlyMap<string, number>): string {
