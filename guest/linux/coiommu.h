@@ -136,7 +136,8 @@ bool coiommu_hooks_any(u32 *endpoint);
  * @await: length that the device wrote, or -ETIMEDOUT: request and tail may be its still
  * @returned: after -ETIMEDOUT: the device has given them back by now
  *
- * Called in atomic context.
+ * Called in atomic context. ORDERING: @await and @returned acquire; what the
+ * device wrote before it answered is seen after them.
  */
 struct coiommu_channel {
 	int (*send)(const struct virtio_iommu_req_pin *request, size_t size,

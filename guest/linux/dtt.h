@@ -23,6 +23,7 @@ struct coiommu_dtt {
 
 extern struct coiommu_dtt coiommu_dtt;
 
+/* NULL: @gfn has no unit. */
 atomic_t *coiommu_dtt_unit(u64 gfn);
 
 static inline void *entry_table(u64 entry)

@@ -13,7 +13,7 @@
  *	units				of the watched frames: those that are not 0
  *	answer LENGTH STATUS GFN...	to the next request: the device sets P of GFN...,
  *					then writes LENGTH bytes, of which one is STATUS
- *	silence				to the next request
+ *	silence GFN...			to the next request: the device sets P, and no more
  *	late GFN...			the request comes back; P of GFN... was set
  *	map_single GFN OFFSET SIZE
  *	map_sg GFN OFFSET SIZE ...
@@ -227,33 +227,36 @@ static int do_units(char **words, unsigned int nr)
 	return 0;
 }
 
-static int do_answer(char **words, unsigned int nr)
+static int add_answer(int length, u8 status, char **pins, unsigned int nr_pins)
 {
 	struct answer *answer = &answers[nr_answers];
-	u8 length;
 	int ret;
 
-	if (nr < 2)
-		return -EINVAL;
 	if (nr_answers == ANSWERS_MAX)
 		return -ENOSPC;
-	ret = kstrtou8(words[0], 0, &length) ?: kstrtou8(words[1], 0, &answer->status) ?:
-		parse_frames(words + 2, nr - 2, &answer->pins, false);
+	ret = parse_frames(pins, nr_pins, &answer->pins, false);
 	if (ret)
 		return ret;
 	answer->length = length;
+	answer->status = status;
 	nr_answers++;
 	return 0;
 }
 
+static int do_answer(char **words, unsigned int nr)
+{
+	u8 length, status;
+	int ret;
+
+	if (nr < 2)
+		return -EINVAL;
+	ret = kstrtou8(words[0], 0, &length) ?: kstrtou8(words[1], 0, &status);
+	return ret ?: add_answer(length, status, words + 2, nr - 2);
+}
+
 static int do_silence(char **words, unsigned int nr)
 {
-	if (nr)
-		return -EINVAL;
-	if (nr_answers == ANSWERS_MAX)
-		return -ENOSPC;
-	answers[nr_answers++] = (struct answer){ .length = -ETIMEDOUT };
-	return 0;
+	return add_answer(-ETIMEDOUT, 0, words, nr);
 }
 
 static int do_late(char **words, unsigned int nr)

@@ -129,8 +129,8 @@ u64 coiommu_dtt_put(u64 gfn, u64 nr)
  * Whether P is set now. Caller: has counted @gfn up, so that it stays set.
  *
  * ORDERING: none needed: it is read after the RMW in coiommu_dtt_get() because
- * that is fully ordered, and after the answer to a PIN request because
- * virtqueue_get_buf() has a read barrier.
+ * that is fully ordered, and after the answer to a PIN request because awaiting
+ * it acquires: see struct coiommu_channel.
  */
 bool coiommu_dtt_pinned(u64 gfn)
 {

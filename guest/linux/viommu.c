@@ -41,6 +41,7 @@ static int send_request(const struct virtio_iommu_req_pin *request, size_t size,
 	return ret;
 }
 
+/* ORDERING: virtqueue_get_buf() has a read barrier; see struct coiommu_channel. */
 static int await_answer(void)
 {
 	ktime_t deadline = 0, renotify = 0;

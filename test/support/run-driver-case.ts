@@ -116,7 +116,7 @@ const differs = (what: string, actual: number | string, expected: number | strin
   actual === expected ? undefined : `${what}: "${actual}", not "${expected}"`;
 
 /** By docs/abi.md section 3; `malformed` says what a device would answer INVAL or UNSUPP for. */
-function parseRequest(bytes: Uint8Array): { endpoint: number; ranges: Range[]; malformed?: string } {
+export function parseRequest(bytes: Uint8Array): { endpoint: number; ranges: Range[]; malformed?: string } {
   if (bytes.length < ReqPin.size) return { endpoint: 0, ranges: [], malformed: `${bytes.length} bytes` };
   const { endpoint, nrRanges } = ReqPin.read(bytes);
   const parts = Array.from({ length: Math.floor((bytes.length - ReqPin.size) / PinRange.size) }, (_, i) =>
@@ -152,7 +152,7 @@ const STATUS: Readonly<Record<Exclude<Answer, number | "unwritten" | "silence">,
 export const statusName = (status: number): string =>
   Object.entries(STATUS).find(([, value]) => value === status)?.[0] ?? "unknown";
 
-function hostAnswer({ answer, pins }: PinRequest): HostAnswer {
+export function hostAnswer({ answer, pins }: Pick<PinRequest, "answer" | "pins">): HostAnswer {
   if (answer === "silence") return { pins, reply: "silence" };
   if (answer === "unwritten") return { pins, reply: { written: 0, status: 0 } };
   return { pins, reply: { written: 4, status: typeof answer === "number" ? answer : STATUS[answer] } };
@@ -165,7 +165,7 @@ const FLAGS: Readonly<Record<string, number>> = {
 };
 
 /** `100: P A 3, 101:` names frame 101 to make it 0. */
-function parseUnits(text: string): Map<number, number> {
+export function parseUnits(text: string): Map<number, number> {
   return new Map(
     text.split(", ").map((part) => {
       const [gfn, unit] = part.split(":");
@@ -175,7 +175,7 @@ function parseUnits(text: string): Map<number, number> {
   );
 }
 
-function formatUnits(units: UnitWords): string {
+export function formatUnits(units: UnitWords): string {
   return [...units]
     .filter(([, word]) => word !== 0)
     .sort(([a], [b]) => a - b)

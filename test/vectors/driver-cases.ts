@@ -356,6 +356,14 @@ export const CASES: readonly Case[] = [
     ],
   },
   {
+    name: "P that was set without an answer is believed by the next map",
+    section: MAP,
+    steps: [
+      fails("lost", frames(100), "100: P A", ask("100", "100: A 1", "silence", [100])),
+      map(frames(100), "100: P A 1"),
+    ],
+  },
+  {
     name: "after a late answer, requests are made again",
     section: PIN,
     steps: [

@@ -9,10 +9,13 @@ import type { GuestAgent } from "../../src/machine/qemu/agent.ts";
 import { ensureGuest } from "../../src/machine/qemu/guest.ts";
 import { GUEST_SOURCES } from "../../src/machine/qemu/module.ts";
 import { type Qemu, startQemu } from "../../src/machine/qemu/qemu.ts";
+import { DriverInTypeScript } from "../support/driver-in-typescript.ts";
+import { randomCase } from "../support/random-driver-case.ts";
 import { firstDifference } from "../support/run-driver-case.ts";
 import { CASES, MACHINE } from "../vectors/driver-cases.ts";
 import { KernelModule } from "./kernel-module.ts";
 
+const RANDOM_CASES = 60;
 const SOURCES = join(GUEST_SOURCES, "linux");
 
 /** A guest without any device of ours, for a module made from `sources`. */
@@ -30,20 +33,36 @@ before(async () => {
 });
 after(() => qemu?.close());
 
-/** Load the module, run all cases, and unload it: for each case the first difference, or undefined. */
-async function differences(agent: GuestAgent, parameters: string): Promise<(string | undefined)[]> {
+/** Load the module, run cases, and unload it: for each case the first difference, or undefined. */
+async function differences(
+  agent: GuestAgent,
+  parameters = "",
+  cases = CASES,
+): Promise<(string | undefined)[]> {
   await demand(agent, `modprobe coiommu selftest=1 ${parameters}`, "loading the module");
   const driver = new KernelModule(agent);
   try {
-    return await Promise.all(CASES.map((tested) => firstDifference(driver, tested)));
+    return await Promise.all(cases.map((tested) => firstDifference(driver, tested)));
   } finally {
     await demand(agent, "rmmod coiommu", "unloading the module");
   }
 }
 
 test("the kernel module passes every case", async (t) => {
-  const found = await differences(qemu.agent, "");
+  const found = await differences(qemu.agent);
   for (const [i, { name }] of CASES.entries()) await t.test(name, () => assert.equal(found[i], undefined));
+});
+
+/** What the driver in TypeScript does in random cases. */
+const recorded = () =>
+  Promise.all(Array.from({ length: RANDOM_CASES }, (_, seed) => randomCase(new DriverInTypeScript(), seed)));
+
+test("in random cases the kernel module does what the driver in TypeScript does", async () => {
+  const found = await differences(qemu.agent, "", await recorded());
+  assert.equal(
+    found.find((difference) => difference !== undefined),
+    undefined,
+  );
 });
 
 test("the self-test takes no command that is not well-formed", async () => {
@@ -62,7 +81,7 @@ set 100
 set 100 1 1
 set 100 4294967296
 set 131072 1
-silence 1
+silence 131072
 late 131072
 answer 4
 answer 4 256
@@ -237,7 +256,7 @@ function writeTwins(folder: string): void {
   );
 }
 
-test("the table finds what is broken", async (t) => {
+test("the cases find what is broken", async (t) => {
   const folder = mkdtempSync(join(tmpdir(), "coiommu-twins-"));
   t.after(() => rmSync(folder, { recursive: true }));
   writeTwins(folder);
@@ -252,4 +271,12 @@ test("the table finds what is broken", async (t) => {
       assert.ok(first);
       t.diagnostic(first);
     });
+
+  const random = await recorded();
+  await t.test("random cases find a module that does not merge neighbours", async (t) => {
+    const twin = 1 + TWINS.findIndex(({ what }) => what === "does not merge neighbours");
+    const [first] = (await differences(broken.agent, `twin=${twin}`, random)).filter((d) => d !== undefined);
+    assert.ok(first);
+    t.diagnostic(first);
+  });
 });

@@ -42,10 +42,18 @@ const FAILURES: Readonly<Record<string, readonly [result: string, errno: number]
 /** What a command has said: the words of its lines. */
 type Lines = readonly (readonly string[])[];
 
+interface Command {
+  readonly text: string;
+  readonly done: PromiseWithResolvers<Lines>;
+}
+/** In one round trip, which has a time limit. */
+const COMMANDS_MAX = 200;
+
 export class KernelModule implements DriverUnderTest {
   readonly #agent: GuestAgent;
   /** Waiting for the next round trip to the guest. */
-  #commands: { readonly text: string; readonly done: PromiseWithResolvers<Lines> }[] = [];
+  readonly #commands: Command[] = [];
+  #sending = false;
 
   constructor(agent: GuestAgent) {
     this.#agent = agent;
@@ -73,7 +81,9 @@ export class KernelModule implements DriverUnderTest {
 
   async map({ kind, pieces }: Buffers, host: readonly HostAnswer[]): Promise<MapOutcome> {
     const answers = host.map(({ pins, reply }) =>
-      reply === "silence" ? this.#run("silence") : this.#run("answer", reply.written, reply.status, ...pins),
+      reply === "silence"
+        ? this.#run("silence", ...pins)
+        : this.#run("answer", reply.written, reply.status, ...pins),
     );
     const mapped = this.#run(`map_${kind}`, ...pieces.flat());
     const [said] = await Promise.all([mapped, ...answers]);
@@ -93,14 +103,18 @@ export class KernelModule implements DriverUnderTest {
 
   #run(...words: readonly (string | number)[]): Promise<Lines> {
     const done = Promise.withResolvers<Lines>();
-    if (this.#commands.length === 0) setImmediate(() => void this.#send());
     this.#commands.push({ text: words.join(" "), done });
+    if (!this.#sending) setImmediate(() => void this.#send());
+    this.#sending = true;
     return done.promise;
   }
 
   async #send(): Promise<void> {
-    const commands = this.#commands;
-    this.#commands = [];
+    while (this.#commands.length > 0) await this.#roundTrip(this.#commands.splice(0, COMMANDS_MAX));
+    this.#sending = false;
+  }
+
+  async #roundTrip(commands: readonly Command[]): Promise<void> {
     const script = RUN + commands.map(({ text }) => `c ${text}\n`).join("");
     try {
       const said = (await demand(this.#agent, script, "the self-test")).split(`${END}\n`);
