@@ -15,7 +15,7 @@ import { firstDifference } from "../support/run-driver-case.ts";
 import { CASES, MACHINE } from "../vectors/driver-cases.ts";
 import { KernelModule } from "./kernel-module.ts";
 
-const RANDOM_CASES = 60;
+const RANDOM_CASES = 40;
 const SOURCES = join(GUEST_SOURCES, "linux");
 
 /** A guest without any device of ours, for a module made from `sources`. */
