@@ -38,9 +38,9 @@ const LOCK = 0;
 const ON = 4;
 /** It has not given the buffer back in time. */
 const LOST = 8;
-const TAIL = 64;
-const REQUEST = 128;
-/** Ranges that fit behind it. */
+const TAIL = 32;
+const REQUEST = 112;
+/** Ranges that fit behind it: as many as in the page of guest/linux/pin.c. */
 const BUFFER_RANGES = Math.floor((4096 - REQUEST - ReqPin.size) / PinRange.size);
 
 export interface PinRequestsOptions {

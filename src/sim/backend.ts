@@ -31,8 +31,9 @@ export interface BackendOptions {
   /** Whether the backend dies before its next step. */
   dies(): boolean;
   died(): void;
-  /** See SteppedMemory. */
+  /** Loads that are no steps, see SteppedMemory. */
   constant(gpa: number): boolean;
+  idleWord(index: number): boolean;
   /** Called between two pieces of work. */
   between(): void;
 }
@@ -66,8 +67,10 @@ export class Backend implements Actor {
   constructor(options: BackendOptions & Partial<BackendParts>) {
     this.#o = options;
     this.#nextPass = options.passInterval;
-    this.#turn = new HostTurn(options.turns, this, () => {
-      if (options.dies()) throw KILLED;
+    this.#turn = new HostTurn(options.turns, this, {
+      interrupt: () => {
+        if (options.dies()) throw KILLED;
+      },
     });
     const makeHost = options.makeHost ?? ((...args) => new FakeHost(...args));
     this.host = makeHost(this.#turn, options.faults, options.observer);
@@ -154,7 +157,7 @@ export class Backend implements Actor {
     const { makeIommu = (...args) => new SoftwareIommu(...args) } = this.#o;
     const clock = { now: () => turns.time };
     const memory = new SteppedMemory([], this.#turn, { constant: this.#o.constant });
-    const iommu = makeIommu(new SteppedWords(this.#o.iommu, this.#turn), clock);
+    const iommu = makeIommu(new SteppedWords(this.#o.iommu, this.#turn, this.#o.idleWord), clock);
     const tracker = new CheckedTracker(
       {
         ...{
@@ -177,7 +180,7 @@ export class Backend implements Actor {
 }
 
 /** Sees from outside that a PIN request is all or nothing. */
-class CheckedTracker extends Tracker {
+export class CheckedTracker extends Tracker {
   readonly #host: FakeHost;
 
   constructor(options: TrackerOptions, host: FakeHost) {

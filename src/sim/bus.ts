@@ -1,4 +1,3 @@
-import { milliseconds } from "../base/units.ts";
 import type { PciFunction } from "../virtio/device.ts";
 import { step, type Turn } from "./turn.ts";
 
@@ -15,9 +14,6 @@ export interface Access {
 
 /** The notify page in BAR0 is the last. */
 const NOTIFY = 0x3000;
-/** Longer than any device lives that does not answer. */
-const FOREVER = milliseconds(1e9);
-
 /** The PCI bus: accesses wait for the device one after the other, and the CPU waits for its answer. */
 export class Bus {
   readonly pending: Access[] = [];
@@ -32,7 +28,7 @@ export class Bus {
         turn.changed();
         return made;
       });
-      turn.waitFor(() => step(turn, "answer", () => sent.answer !== undefined), FOREVER);
+      turn.until(() => sent.answer !== undefined);
       return sent.answer!;
     };
     return {

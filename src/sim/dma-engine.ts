@@ -31,6 +31,7 @@ export class DmaEngine {
     readonly checks: Checks;
     readonly regions: readonly GuestRegion[];
     readonly iommu: SharedArrayBuffer;
+    readonly idleWord: (index: number) => boolean;
     /** The device asks the host for a frame. */
     readonly ring: () => void;
   }) {
@@ -39,7 +40,7 @@ export class DmaEngine {
     const memory = new SteppedMemory(o.regions, this.process, {
       touched: (gpa, length) => o.checks.transferred(gpa, length),
     });
-    const gate = new DeviceGate(new SteppedWords(o.iommu, this.process), o.id, o.ring);
+    const gate = new DeviceGate(new SteppedWords(o.iommu, this.process, o.idleWord), o.id, o.ring);
     this.#memory = new GatedMemory(memory, gate);
   }
 

@@ -116,13 +116,17 @@ export class SteppedMemory extends GuestMemory {
 /** Words that actors share, as one of them sees them. */
 export class SteppedWords extends SharedWords {
   readonly #turn: Turn;
+  /** As in SteppedMemory. */
+  readonly #constant: (index: number) => boolean;
 
-  constructor(buffer: SharedArrayBuffer, turn: Turn) {
+  constructor(buffer: SharedArrayBuffer, turn: Turn, constant: (index: number) => boolean = () => false) {
     super(buffer);
     this.#turn = turn;
+    this.#constant = constant;
   }
 
   override load(index: number): number {
+    if (this.#constant(index)) return super.load(index);
     if (this.#turn.enter("load", WORDS + index)) return this.#turn.result as number;
     return this.#turn.done(super.load(index));
   }

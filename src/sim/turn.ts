@@ -98,6 +98,11 @@ export class Turns {
     }
   }
 
+  /** Who takes the step under way. */
+  get current(): Actor | undefined {
+    return this.#last;
+  }
+
   #current(): number {
     return this.#last ? this.#ready.indexOf(this.#last) : -1;
   }
@@ -138,6 +143,8 @@ export interface Turn {
   done<T>(result: T): T;
   /** The step that is being taken changes something. */
   changed(): void;
+  /** Wait until `condition` holds, which takes no steps, and stays true once it is. */
+  until(condition: () => boolean): void;
   /** Wait until `done`, which takes steps, returns true; false when `timeout` passed before. */
   waitFor(done: () => boolean, timeout: Nanoseconds): boolean;
 }
@@ -163,20 +170,26 @@ class Thrown {
   }
 }
 
+export interface HostHooks {
+  /** Called at each step of the host: throws to kill it there. */
+  interrupt?(): void;
+  /** Told of each step's result. */
+  took?(result: unknown): void;
+}
+
 /** The host's turn: whoever is chosen before its next step runs on top of it. */
 export class HostTurn implements Turn {
   readonly #turns: Turns;
   readonly #host: Actor;
-  /** Called at each step of the host: throws to kill it there. */
-  readonly #interrupt: () => void;
+  readonly #hooks: HostHooks;
   /** Off: what the host does is no step, as when it starts. */
   on = false;
   readonly result = undefined;
 
-  constructor(turns: Turns, host: Actor, interrupt: () => void) {
+  constructor(turns: Turns, host: Actor, hooks: HostHooks) {
     this.#turns = turns;
     this.#host = host;
-    this.#interrupt = interrupt;
+    this.#hooks = hooks;
   }
 
   enter(_kind: StepKind, place = NOWHERE): boolean {
@@ -189,15 +202,19 @@ export class HostTurn implements Turn {
       next.resume();
     }
     this.#turns.step(place);
-    this.#interrupt();
+    this.#hooks.interrupt?.();
     return false;
   }
 
   done<T>(result: T): T {
+    if (this.on) this.#hooks.took?.(result);
     return result;
   }
   changed(): void {
     this.#turns.changes++;
+  }
+  until(): never {
+    this.waitFor();
   }
   waitFor(): never {
     throw new InvariantViolation("the host waits for nobody");
@@ -227,6 +244,7 @@ export class Process implements Actor, Turn {
   #leaving = false;
   #blockedAt = -1;
   #wait: { mark: number; until: number } | undefined;
+  #until: (() => boolean) | undefined;
   result: unknown;
 
   constructor(
@@ -241,6 +259,14 @@ export class Process implements Actor, Turn {
     this.#private = state;
   }
 
+  /** The operation under way, as far as it has come: with shared memory, all that its future depends on. */
+  get position(): string {
+    return this.#results.map((r) => (typeof r === "object" ? JSON.stringify(r) : String(r))).join();
+  }
+
+  /** Operations begun. */
+  operations = 0;
+
   get busy(): boolean {
     return this.#operation !== undefined;
   }
@@ -249,12 +275,13 @@ export class Process implements Actor, Turn {
   abandon(): void {
     this.#operation = undefined;
     this.#blockedAt = -1;
-    this.#wait = undefined;
+    this.#wait = this.#until = undefined;
   }
 
   ready(): boolean {
     if (this.#operation === undefined) this.#begin();
     if (this.#operation === undefined) return false;
+    if (this.#until) return this.#until();
     if (this.#blockedAt < 0) return true;
     return this.#blockedAt !== this.#turns.changes || this.#turns.time >= this.wakeAt;
   }
@@ -267,7 +294,9 @@ export class Process implements Actor, Turn {
     this.#operation = this.#nextOperation();
     this.#kinds.length = this.#results.length = 0;
     this.#wait = undefined;
-    if (this.#operation) this.#saved = this.#private.map((state) => state.slice());
+    if (!this.#operation) return;
+    this.operations++;
+    this.#saved = this.#private.map((state) => state.slice());
   }
 
   resume(): void {
@@ -277,6 +306,7 @@ export class Process implements Actor, Turn {
     this.#granted = true;
     this.#leaving = false;
     this.#blockedAt = -1;
+    this.#until = undefined;
     let outcome: Parameters<Operation["settle"]>[0];
     try {
       outcome = { value: operation.run() };
@@ -317,6 +347,13 @@ export class Process implements Actor, Turn {
 
   changed(): void {
     this.#turns.changes++;
+  }
+
+  until(condition: () => boolean): void {
+    if (this.#leaving) throw SUSPEND;
+    if (condition()) return;
+    this.#until = condition;
+    this.#leave(undefined);
   }
 
   /** A look that finds nothing is forgotten, so that waiting costs no more the longer it takes. */

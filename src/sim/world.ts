@@ -5,7 +5,7 @@ import type { DriverCpu } from "../driver/viommu.ts";
 import { counters, countersBuffer } from "../memory/counters.ts";
 import { GuestMemory, type GuestRegion } from "../memory/guest-memory.ts";
 import { LruPolicy } from "../policy/lru.ts";
-import { createIommuBuffer, DeviceGate } from "../tracking/software-iommu.ts";
+import { createIommuBuffer, DeviceGate, isIdleIommuWord } from "../tracking/software-iommu.ts";
 import { TRACKING_COUNTERS } from "../tracking/tracker.ts";
 import { Backend, type BackendOptions, type BackendParts } from "./backend.ts";
 import { Bus } from "./bus.ts";
@@ -157,7 +157,15 @@ export class World {
     this.#engines = Array.from(
       { length: settings.devices },
       (_, id) =>
-        new DmaEngine({ id, turns, checks, regions, iommu: this.#iommu, ring: () => this.#backend.ring() }),
+        new DmaEngine({
+          id,
+          turns,
+          checks,
+          regions,
+          iommu: this.#iommu,
+          idleWord: this.#idleWord,
+          ring: () => this.#backend.ring(),
+        }),
     );
     this.#guest = new Guest({
       ...{ memory: this.#memory, turns, bus: this.#bus, checks, endpoint: ENDPOINT, engines: this.#engines },
@@ -209,6 +217,8 @@ export class World {
     };
   }
 
+  readonly #idleWord = (index: number): boolean => isIdleIommuWord(index, this.settings.devices);
+
   #makeBackend(twin: NonNullable<Twin["backend"]>): Backend {
     const { settings } = this;
     const oneIn = (n: number): boolean => n > 0 && !this.#guest.draining && this.#random(n) === 0;
@@ -237,6 +247,7 @@ export class World {
         return lost;
       },
       constant: (gpa) => this.#guest.isConstant(gpa),
+      idleWord: this.#idleWord,
       dies: () => oneIn(settings.backendDies),
       died: () => {
         this.#backendDeaths++;

@@ -26,6 +26,10 @@ const BITMAP = DEVICES + DEVICES_MAX * PER_DEVICE;
 /** The shared table for GFNs 0 to `frames`. */
 export const createIommuBuffer = (frames: number): SharedArrayBuffer =>
   new SharedArrayBuffer(4 * (BITMAP + Math.ceil(frames / 32)));
+/** Whether a word stays as it is in a machine that has `devices` devices and whose IOMMU is not opened. */
+export const isIdleIommuWord = (index: number, devices: number): boolean =>
+  index === MODE || (index >= DEVICES + devices * PER_DEVICE && index < BITMAP);
+
 /** What createIommuBuffer() made, or a view of it: the simulator's shows each access. */
 export type IommuTable = SharedArrayBuffer | SharedWords;
 const wordsOf = (table: IommuTable): SharedWords =>
