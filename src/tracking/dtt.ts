@@ -67,11 +67,6 @@ export class DmaTrackingTable {
     return this.#memory.load32(unit) >>> 0;
   }
 
-  /** Whether the guest says that the frame is mapped: COUNT is not 0. */
-  mapped(unit: Unit): boolean {
-    return (this.load(unit) & TU_COUNT) !== 0;
-  }
-
   /** P = 1. The page must have been pinned before (abi.md section 2, "Host pin"). */
   setPinned(unit: Unit): void {
     this.#memory.or32(unit, TU_PINNED | 0);
@@ -94,7 +89,7 @@ export class DmaTrackingTable {
   claimForUnpin(unit: Unit): "claimed" | "mapped" | "accessed" | "not-pinned" {
     const seen = this.#memory.load32(unit);
     const value = seen >>> 0;
-    if (!(value & TU_PINNED)) return "not-pinned";
+    if (!(value & TU_PINNED)) return value & TU_COUNT ? "mapped" : "not-pinned";
     if (value === TU_PINNED || value === (TU_PINNED | TU_DIRTY) >>> 0)
       return this.#memory.compareExchange32(unit, seen, seen & ~TU_PINNED) === seen ? "claimed" : "mapped";
     if (value & TU_ACCESSED) this.#memory.and32(unit, ~TU_ACCESSED);

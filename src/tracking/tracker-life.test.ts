@@ -87,6 +87,23 @@ test("parks do not outlive the activation", () => {
   assert.equal(m.tracker.parked, false);
 });
 
+test("a driver takes its table up again: what is mapped stays pinned before it is asked for", () => {
+  const m = active();
+  assert.equal(m.map(5, 6), OK);
+  m.unmap(6);
+  m.tracker.deactivate("device-reset");
+  // ADR 4, point 11: the driver clears P.
+  m.table.set(5, A + 1);
+  m.table.set(6, A);
+  m.activate();
+  for (let i = 0; i < 3; i++) m.pass();
+  assert.deepEqual(m.held(5, 6), [true, false]);
+  assert.equal(m.tracker.pin([{ gfn: 5, nrFrames: 1 }]), OK);
+  m.unmap(5);
+  for (let i = 0; i < 2; i++) m.pass();
+  assert.deepEqual(m.held(5), [false]);
+});
+
 for (const complete of [true, false])
   test(`the next driver's table ${complete ? "with" : "without"} COMPLETE: what an earlier one left pinned ${complete ? "goes" : "stays"}`, () => {
     const m = active();

@@ -320,14 +320,11 @@ export class Tracker {
     // abi.md section 3: "PIN on without COMPLETE: ... unpin only frames that this table once claimed."
     if (foreign && !this.#complete) return "mapped";
     const unit = table.walk(gfn);
-    if (unit === NO_UNIT) return foreign ? "claimed" : "mapped";
-    const outcome = table.claimForUnpin(unit);
+    const outcome = unit === NO_UNIT ? "not-pinned" : table.claimForUnpin(unit);
     if (outcome !== "not-pinned") return outcome;
-    // P is clear: a map that comes now asks, and is served after the release. So a pin of firmware, or of an earlier
-    // activation, may go, but not while the frame is mapped: the mapping may be older than this activation, and its
-    // driver is about to ask for it. One that this table claimed has had its P cleared by the guest: abi.md section 4
-    // keeps it.
-    return foreign && !table.mapped(unit) ? "claimed" : "mapped";
+    // P and COUNT are 0, so nobody relies on this pin: a map from now on asks. One of firmware, or of an earlier table,
+    // may go. One that this table claimed has had its P cleared by the guest: abi.md section 4 keeps it.
+    return foreign ? "claimed" : "mapped";
   }
 
   /** Take a claim back: the page is still pinned. */

@@ -42,9 +42,10 @@ class CountlessTable extends OpenTable {
   }
 }
 
-class LiveTable extends OpenTable {
-  override mapped(): boolean {
-    return false;
+/** Takes what has no P for unused, whatever its COUNT. */
+class ForgetfulTable extends OpenTable {
+  override claimForUnpin(unit: Unit): ReturnType<DmaTrackingTable["claimForUnpin"]> {
+    return this.load(unit) & TU_PINNED ? super.claimForUnpin(unit) : "not-pinned";
   }
 }
 
@@ -167,7 +168,7 @@ export const twins: Readonly<Record<string, BrokenTwin>> = {
     found: LOST,
   },
   "an unpin of frames that were mapped before PIN was turned on": {
-    twin: { backend: { openTable: (...args) => new LiveTable(...args) } },
+    twin: { backend: { openTable: (...args) => new ForgetfulTable(...args) } },
     found: LOST,
   },
   "P cleared after the release": { twin: lateTwin, found: LOST },
