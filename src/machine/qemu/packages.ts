@@ -38,18 +38,22 @@ export const missingPackages = (tools: readonly HostTool[] = HOST_TOOLS): string
 export const installCommand = (packages: readonly string[]): string =>
   `sudo apt-get install --no-install-recommends ${packages.join(" ")}`;
 
-/** Install what is missing on the host, or say in one sentence what to type. */
-export async function ensureHostTools(report: Report): Promise<void> {
-  const missing = missingPackages();
+/** Install what is missing on the host, or say in one sentence what to type. `purpose`: what needs it. */
+export async function ensureHostTools(
+  report: Report,
+  tools: readonly HostTool[] = HOST_TOOLS,
+  purpose = "a VM run",
+): Promise<void> {
+  const missing = missingPackages(tools);
   if (missing.length === 0) return;
   const names = missing.join(", ");
   if (!which("apt-get"))
     throw new UserError(
-      `a VM run needs ${names} on this machine, and only Debian's apt-get is known here`,
+      `${purpose} needs ${names} on this machine, and only Debian's apt-get is known here`,
       1,
     );
   if (process.getuid?.() !== 0)
-    throw new UserError(`a VM run needs ${names}: type \`${installCommand(missing)}\``, 1);
+    throw new UserError(`${purpose} needs ${names}: type \`${installCommand(missing)}\``, 1);
   report(`installing ${names}`);
   const install = () =>
     command(
@@ -73,7 +77,7 @@ export async function ensureHostTools(report: Report): Promise<void> {
     await command(["apt-get", "update", "-qq"]);
     outcome = await install();
   }
-  const still = missingPackages();
+  const still = missingPackages(tools);
   if (still.length > 0)
     throw new UserError(`apt-get could not install ${still.join(", ")}: ${lastLines(outcome.stderr, 3)}`, 1);
 }
