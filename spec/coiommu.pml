@@ -216,6 +216,7 @@ turn_pin_on:
 		next()
 	   }
 	od;
+ask_again:
 	if
 	:: live == 0
 	:: else ->
@@ -236,7 +237,7 @@ stop:
 	atomic { !locked -> on = 0 };
 	tell(PIN_OFF);
 #ifndef TWIN_KEEP_P
-	todo = BOTH;
+forget:	todo = BOTH;
 	do
 	:: if
 	   :: atomic { unit[first(todo)] & P -> unit[first(todo)] = unit[first(todo)] & ~P; next() }
@@ -379,6 +380,7 @@ pin_fresh:
 	:: fresh == 0 -> goto set_pinned
 	:: else -> todo = fresh
 	fi;
+pin_pages:
 	do
 	:: atomic { held = held | bit(first(todo)); assert(size(held) <= QUOTA); next() }
 	/* Pages that are not in the IOMMU yet are seen by nobody: they go at once. */
@@ -396,7 +398,7 @@ pin_fresh:
 	od;
 	ledger = ledger | fresh;
 	todo = fresh;
-	do
+allow:	do
 	:: atomic { allowed = allowed | bit(first(todo)); next() }
 	od;
 set_pinned:
@@ -491,7 +493,7 @@ slice:	do
 	:: claimed == 0 -> goto slice_done
 	:: else -> todo = claimed
 	fi;
-	do
+revoke:	do
 	:: atomic { allowed = allowed & ~bit(first(todo)); next() }
 	od;
 #ifndef TWIN_NO_QUIESCE
@@ -503,6 +505,7 @@ quiesce:
 	fi;
 #endif
 	todo = claimed;
+release:
 	do
 	:: atomic {
 		assert(!((job[0] | job[1]) & bit(first(todo))));
