@@ -1,6 +1,6 @@
 import assert from "node:assert/strict";
 import { readFileSync } from "node:fs";
-import test from "node:test";
+import test, { describe } from "node:test";
 import { UserError } from "../src/base/errors.ts";
 import { ensureHostTools } from "../src/machine/qemu/packages.ts";
 import { ASSERTIONS, RUNS, TWINS } from "./runs.ts";
@@ -17,14 +17,24 @@ try {
 }
 
 const verdicts: Verdict[] = [];
-for (const [what, run] of Object.entries(RUNS))
-  test(`model: ${what}`, { skip }, async (t) => {
-    const result = await check(run);
-    t.diagnostic(`${result.states} states, ${result.seconds} s`);
-    assert.equal(result.found, undefined);
-    assert.ok(result.states > 10_000, "a model in which little happens shows little");
-    verdicts.push(result);
-  });
+// Two at a time need 1.5 GB.
+describe("model", { concurrency: 2 }, () => {
+  for (const [what, run] of Object.entries(RUNS))
+    test(what, { skip }, async (t) => {
+      const result = await check(run);
+      t.diagnostic(`${result.states} states, ${result.seconds} s`);
+      assert.equal(result.found, undefined);
+      assert.ok(result.states > 10_000, "a model in which little happens shows little");
+      verdicts.push(result);
+    });
+});
+
+describe("model: broken twins are rejected", { concurrency: 2 }, () => {
+  for (const [what, { macro, run, finds }] of Object.entries(TWINS))
+    test(what, { skip }, async () => {
+      assert.equal((await check(run, macro)).found, finds);
+    });
+});
 
 test("model: every line is reached in some configuration", { skip }, () => {
   assert.equal(verdicts.length, Object.keys(RUNS).length);
@@ -38,11 +48,6 @@ test("model: every line is reached in some configuration", { skip }, () => {
     [],
   );
 });
-
-for (const [what, { macro, run, finds }] of Object.entries(TWINS))
-  test(`model: broken twin is rejected: ${what}`, { skip }, async () => {
-    assert.equal((await check(run, macro)).found, finds);
-  });
 
 test("model: every assertion has a name, and every name an assertion", { skip }, () => {
   const names = verdicts.flatMap((v) => v.assertions).map((a) => propertyOf(a) ?? a);
