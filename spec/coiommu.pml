@@ -239,6 +239,7 @@ stop:
 #ifndef TWIN_KEEP_P
 forget:	todo = BOTH;
 	do
+	/* Load and RMW in one: while PIN is off, nobody else changes P. */
 	:: if
 	   :: atomic { unit[first(todo)] & P -> unit[first(todo)] = unit[first(todo)] & ~P; next() }
 	   :: atomic { !(unit[first(todo)] & P) -> next() }
