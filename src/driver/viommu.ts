@@ -133,16 +133,20 @@ export class GuestDriver {
    * what is mapped is asked for anew. Throws DmaMapFailed when that cannot be pinned; then mappings fail as before.
    */
   reactivate(endpoint: Bdf): void {
-    const { memory } = this.#on;
     const { queue } = this.places;
-    eachUnit(memory, this.#units, (_, unit) => {
-      if (memory.load32(unit) & TU_PINNED) memory.and32(unit, ~TU_PINNED);
-    });
+    this.#forgetPins();
     negotiate(this.#pci);
-    memory.write(queue.desc, new Uint8Array(layoutAt(queue.desc, queue.size).bytes));
+    this.#on.memory.write(queue.desc, new Uint8Array(layoutAt(queue.desc, queue.size).bytes));
     this.#pci.setUpQueue(() => queue);
     this.#start();
     this.#pinLive(endpoint);
+  }
+
+  #forgetPins(): void {
+    const { memory } = this.#on;
+    eachUnit(memory, this.#units, (_, unit) => {
+      if (memory.load32(unit) & TU_PINNED) memory.and32(unit, ~TU_PINNED);
+    });
   }
 
   #start(): void {
