@@ -20,16 +20,43 @@ const MAPPINGS_MAX = 4;
 const SEGMENTS_MAX = 2;
 const DIRECTION = "bidirectional";
 
+/** Something that excuses failures from when it begins until it ends, and of what was under way meanwhile. */
+class Disturbance {
+  #active = false;
+  #count = 0;
+
+  begin(): void {
+    this.#active = true;
+    this.#count++;
+  }
+  end(): void {
+    this.#active = false;
+  }
+
+  /** Whether it has begun anew since this call. */
+  again(): () => boolean {
+    const before = this.#count;
+    return () => this.#count !== before;
+  }
+
+  /** Whether it was on at any time since this call. */
+  since(): () => boolean {
+    const before = this.#count;
+    const active = this.#active;
+    return () => active || this.#active || this.#count !== before;
+  }
+}
+
 /** What the CPUs of one guest share, beside its memory. */
 export class Guest {
   /** Set by the CPU that boots, when its driver is active. */
   places: DriverPlaces | undefined;
   /** The device has been reset behind the driver's back, as a real one tells by an interrupt. */
   needsRestart = false;
-  /** A request may have got lost: its driver gives up after a time, and is right to. */
-  lossExpected = false;
-  /** PIN is off for the moment. */
-  pinOff = false;
+  /** The device has forgotten what it was asked: who waits for its answer gives up after a time, and is right to. */
+  readonly deviceLost = new Disturbance();
+  /** PIN is off. */
+  readonly pinOff = new Disturbance();
   driverRestarts = 0;
   /** No new mappings: unmap what there is, and stop. */
   draining = false;
@@ -70,6 +97,14 @@ export class Guest {
     this.cpus = o.cpus;
     this.hostile = o.hostile;
     this.restarts = o.restarts;
+  }
+
+  /** The driver is active; `diedAgain`: but not on the device that it found. */
+  settled(diedAgain: boolean): void {
+    if (diedAgain) return;
+    this.needsRestart = false;
+    this.deviceLost.end();
+    this.pinOff.end();
   }
 
   /** The upper levels of a table that is in use: an honest driver changes none of it. */
@@ -185,12 +220,13 @@ export class GuestCpu {
 
   #boot(): Operation {
     this.#pages = this.#freshPages();
+    const diedAgain = this.#guest.deviceLost.again();
     const run = () => GuestDriver.activate(this.#on, this.#loggedPages(), this.#guest.cpus);
     return this.#operation(
       run,
       (driver) => {
         this.#guest.places = driver.places;
-        this.#guest.needsRestart = this.#guest.pinOff = false;
+        this.#guest.settled(diedAgain());
         this.#use(driver);
       },
       () => {},
@@ -199,7 +235,8 @@ export class GuestCpu {
 
   #restart(): Operation {
     this.#guest.needsRestart = true;
-    this.#guest.pinOff = true;
+    this.#guest.pinOff.begin();
+    const diedAgain = this.#guest.deviceLost.again();
     const run = () => {
       this.#driver!.deactivate();
       this.#driver!.reactivate(this.#guest.endpoint);
@@ -208,7 +245,7 @@ export class GuestCpu {
       run,
       () => {
         this.#guest.driverRestarts++;
-        this.#guest.needsRestart = this.#guest.pinOff = this.#guest.lossExpected = false;
+        this.#guest.settled(diedAgain());
       },
       // What is mapped could not be pinned anew, for now; or the device has gone again.
       () => {},
@@ -287,7 +324,7 @@ export class GuestCpu {
     this.#guest.checks.mapped(frames);
   }
 
-  #operation<T>(run: () => T, done: (value: T) => void, failed = this.#mapFailed): Operation {
+  #operation<T>(run: () => T, done: (value: T) => void, failed = this.#mapFailure()): Operation {
     return {
       run,
       settle: (outcome) => {
@@ -299,15 +336,25 @@ export class GuestCpu {
   }
 
   /** Whether a mapping may fail so: refused for want of memory, or because of what befell the device. */
-  readonly #mapFailed = (error: unknown): void => {
-    const { hostile, pinOff, lossExpected } = this.#guest;
-    if (hostile) return;
-    if (!(error instanceof DmaMapFailed)) throw error;
-    const { reason, status } = error;
-    const refused =
-      reason === "refused" && (status === VIRTIO_IOMMU_S_NOMEM || status === VIRTIO_IOMMU_S_IOERR);
-    const off = reason === "off" && (pinOff || lossExpected);
-    if (refused || off || reason === "no-memory" || (reason === "lost" && lossExpected)) return;
-    throw new Violation(`a mapping failed: ${reason}${status === undefined ? "" : `, status ${status}`}`);
-  };
+  #mapFailure(): (error: unknown) => void {
+    const { hostile, pinOff, deviceLost } = this.#guest;
+    const wasOff = pinOff.since();
+    const wasLost = deviceLost.since();
+    return (error) => {
+      if (hostile) return;
+      if (!(error instanceof DmaMapFailed)) throw error;
+      const { reason, status } = error;
+      const excused = {
+        refused: status === VIRTIO_IOMMU_S_NOMEM || status === VIRTIO_IOMMU_S_IOERR,
+        off: wasOff() || wasLost(),
+        lost: wasLost(),
+        "no-memory": true,
+        "no-unit": false,
+        saturated: false,
+        "not-seen": false,
+      };
+      if (excused[reason]) return;
+      throw new Violation(`a mapping failed: ${reason}${status === undefined ? "" : `, status ${status}`}`);
+    };
+  }
 }

@@ -251,7 +251,8 @@ export class World {
       dies: () => oneIn(settings.backendDies),
       died: () => {
         this.#backendDeaths++;
-        this.#guest.needsRestart = this.#guest.lossExpected = true;
+        this.#guest.needsRestart = true;
+        this.#guest.deviceLost.begin();
       },
       between: () => this.#betweenJobs(),
       ...twin,
@@ -293,7 +294,7 @@ export class World {
     for (const engine of this.#engines) engine.reset();
     for (const cpu of this.#cpus) cpu.reset();
     this.#guest.places = undefined;
-    this.#guest.needsRestart = this.#guest.pinOff = this.#guest.lossExpected = false;
+    this.#guest.settled(false);
     this.#bus.pending.length = 0;
     for (const { bytes } of this.#memory.regions) bytes.fill(0);
     this.checks.forgetMappings();
