@@ -53,7 +53,7 @@ export function settingsOf(seed: number): Settings {
     releaseFails: sometimes(2, 10),
     kickLost: sometimes(4, 30),
     backendDies: sometimes(8, 2000),
-    machineResets: sometimes(8, 3000),
+    machineResets: sometimes(6, 150),
     driverRestarts: next(3) === 0,
     hostile: next(5) === 0,
   };

@@ -1,0 +1,25 @@
+import assert from "node:assert/strict";
+import test from "node:test";
+import { shorten, simulate } from "./simulate.ts";
+import { settingsOf } from "./world.ts";
+
+test("the same seed plays the same machine", () => {
+  for (const seed of [1, 2, 3]) assert.deepEqual(simulate(seed, 3000), simulate(seed, 3000));
+  assert.notDeepEqual(simulate(1, 3000).statistics, simulate(2, 3000).statistics);
+});
+
+test("seeds bring about every kind of machine", () => {
+  const settings = Array.from({ length: 200 }, (_, seed) => settingsOf(seed));
+  for (const name of Object.keys(settings[0]!) as (keyof (typeof settings)[0])[])
+    assert.ok(new Set(settings.map((s) => s[name])).size > 1, name);
+});
+
+test("a failure is cut down to the fewest steps after which it still fails", () => {
+  const twin = { backend: { kickLost: () => true } };
+  const { error } = simulate(1, 5000, twin);
+  assert.ok(error);
+  const failure = shorten(1, 5000, error, twin);
+  assert.ok(failure.steps < 5000);
+  assert.equal(simulate(failure.seed, failure.steps, twin).error?.message, failure.message);
+  assert.equal(simulate(failure.seed, failure.steps - 1, twin).error, undefined);
+});
