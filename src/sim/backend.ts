@@ -43,7 +43,6 @@ export interface BackendParts {
   readonly openTable: NonNullable<TrackerOptions["openTable"]>;
   readonly makeHost: (...args: ConstructorParameters<typeof FakeHost>) => FakeHost;
   readonly makeIommu: (...args: ConstructorParameters<typeof SoftwareIommu>) => SoftwareIommu;
-  readonly makeTracker: (options: TrackerOptions, host: FakeHost) => Tracker;
 }
 
 const KILLED = { killed: true };

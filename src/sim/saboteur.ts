@@ -45,7 +45,8 @@ export class Saboteur {
 
   /** The unit of a buffer's frame: "pinned and idle" in it makes the host let go of what devices are using. */
   #unit(): number {
-    const { places, memory, buffers } = this.#guest;
+    const { places, parts } = this.#guest;
+    const { memory, buffers } = parts;
     if (!places) return this.#anywhere();
     const units = new TrackingUnits(memory, places.table, places.cpus);
     const unit = units.find(buffers.first + this.#random(buffers.frames));
@@ -53,15 +54,15 @@ export class Saboteur {
   }
 
   #anywhere(): number {
-    const { places, memory } = this.#guest;
-    const driver = memory.regions[0]!;
+    const { places, parts } = this.#guest;
+    const driver = parts.memory.regions[0]!;
     if (!places || this.#random(2) === 0) return driver.gpa + 4 * this.#random(driver.size / 4);
     const page = [places.table.root, places.queue.desc, places.page][this.#random(3)]!;
     return page + 4 * this.#random(FRAME_SIZE / 4);
   }
 
   #register(): () => void {
-    const pciFunction = this.#guest.bus.seenBy(this.process);
+    const pciFunction = this.#guest.parts.bus.seenBy(this.process);
     const at = [0, 0x1000, 0x2000, 0x3000][this.#random(4)]! + this.#random(100);
     const size = [1, 2, 4, 8][this.#random(4)]!;
     const value = BigInt(this.#random(2) === 0 ? this.#random(4) : this.#random(2 ** 32));

@@ -12,7 +12,8 @@ import { Bus } from "./bus.ts";
 import { Checks } from "./checks.ts";
 import { DmaEngine } from "./dma-engine.ts";
 import { type FakeHost, HOST_BASE } from "./fake-host.ts";
-import { Guest, GuestCpu } from "./guest.ts";
+import { Guest } from "./guest.ts";
+import { GuestCpu } from "./guest-cpu.ts";
 import { Saboteur } from "./saboteur.ts";
 import { type Schedule, Turns, Violation } from "./turn.ts";
 
