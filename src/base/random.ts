@@ -1,7 +1,7 @@
-/** Whole numbers in [0, below), for below <= 2^32; host/ has no part in it: the same seed gives the same numbers. */
+/** An integer in [0, below). */
 export type Random = (below: number) => number;
 
-/** Mulberry32. */
+/** Mulberry32: the same numbers for the same seed, on every machine. */
 export function random(seed: number): Random {
   let state = seed;
   return (below) => {

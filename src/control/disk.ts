@@ -1,6 +1,6 @@
 import { type Errno, PeerGone } from "../base/errors.ts";
-import type { DiskCounters } from "../device/block.ts";
 import { type BlockStore, FileStore, MemoryStore } from "../device/block-store.ts";
+import { DEVICE_COUNTERS } from "../device/counters.ts";
 import { type Disk, serveDisk } from "../device/disk.ts";
 import { drainFd, signalFd } from "../host/eventfd.ts";
 import { closeFd } from "../host/libc.ts";
@@ -10,14 +10,6 @@ import { UnixSocket } from "../host/socket.ts";
 import { counters } from "../memory/counters.ts";
 import { DeviceGate } from "../tracking/software-iommu.ts";
 import { CommandServer, type WorkerBase } from "./commands.ts";
-
-export const DISK_COUNTERS = [
-  "transfers",
-  "bytes",
-  "requests",
-  "faults",
-  "errors",
-] as const satisfies readonly (keyof DiskCounters)[];
 
 /** The assigned disk's backing: a raw image, or memory of `sizeMiB`. */
 export interface DiskOptions {
@@ -75,7 +67,7 @@ export class DiskThread {
       },
       store: this.#store,
       gate: new DeviceGate(iommu, 0, () => signalFd(touchFd)),
-      counters: counters(DISK_COUNTERS, this.#data.counters),
+      counters: counters(DEVICE_COUNTERS, this.#data.counters),
       onClose: (error) => this.#commands.tellEnd(error ?? new PeerGone("QEMU has left")),
     });
   }

@@ -1,7 +1,7 @@
 import { setTimeout as sleep } from "node:timers/promises";
 import { UserError } from "../base/errors.ts";
 import { type Bdf, FRAME_SIZE, type Nanoseconds, parseBdf } from "../base/units.ts";
-import type { DiskCounters } from "../device/block.ts";
+import { DEVICE_COUNTERS, type DeviceCounters } from "../device/counters.ts";
 import { EventFd } from "../host/eventfd.ts";
 import { closeFd } from "../host/libc.ts";
 import { socketPair } from "../host/socket.ts";
@@ -12,7 +12,7 @@ import { createIommuBuffer } from "../tracking/software-iommu.ts";
 import { TRACKING_COUNTERS, type TrackingCounters } from "../tracking/tracker.ts";
 import type { BackendData, PinnerName, Started, Stopped, Strategy } from "./backend.ts";
 import { type WorkerEvent, WorkerHost } from "./commands.ts";
-import { DISK_COUNTERS, type DiskData, type DiskOptions, type DiskStopped } from "./disk.ts";
+import type { DiskData, DiskOptions, DiskStopped } from "./disk.ts";
 
 /** Our virtio-iommu comes before what it tracks, so that its driver is active when theirs bind. */
 const IOMMU_SLOT = 3;
@@ -58,7 +58,7 @@ const entry = (name: string) =>
 export class Vm {
   readonly qemu: Qemu;
   readonly pins: TrackingCounters;
-  readonly disk: DiskCounters;
+  readonly disk: DeviceCounters;
   readonly started: Started;
   /** Rejects when a part of the VM fails that should run until close(). */
   readonly failed: Promise<never>;
@@ -115,7 +115,7 @@ export class Vm {
 /** Threads, shared memory and sockets of one VM, from before QEMU starts until after it has ended. */
 class Parts {
   readonly pins: TrackingCounters;
-  readonly disk: DiskCounters;
+  readonly disk: DeviceCounters;
   readonly backendWorker: WorkerHost;
   readonly diskWorker: WorkerHost;
   readonly failed = Promise.withResolvers<never>();
@@ -142,9 +142,9 @@ class Parts {
     ];
     const iommu = createIommuBuffer((options.memoryMiB * 2 ** 20) / FRAME_SIZE + PCI_HOLE_FRAMES);
     const pins = countersBuffer(TRACKING_COUNTERS);
-    const disk = countersBuffer(DISK_COUNTERS);
+    const disk = countersBuffer(DEVICE_COUNTERS);
     this.pins = counters(TRACKING_COUNTERS, pins);
-    this.disk = counters(DISK_COUNTERS, disk);
+    this.disk = counters(DEVICE_COUNTERS, disk);
     const { strategy, pinner, policy, interval, quota } = options;
     const touchFd = this.#touch.fd;
     const onEvent = (event: WorkerEvent) => this.#hear(event, options.onWarning ?? (() => {}));

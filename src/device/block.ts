@@ -19,15 +19,7 @@ import {
 } from "../wire/virtio-blk.ts";
 import type { BlockStore } from "./block-store.ts";
 import { gather, slice } from "./buffers.ts";
-import type { QueueCounters } from "./queue-runner.ts";
-
-export interface DiskCounters extends QueueCounters {
-  /** Data buffers moved, and their bytes. */
-  transfers: number;
-  bytes: number;
-  /** Requests answered, also with an error. */
-  requests: number;
-}
+import type { DeviceCounters } from "./counters.ts";
 
 /** Entries of the smallest queue that QEMU gives us, less the two that hold a request's head and status. */
 const SEG_MAX = 128 - 2;
@@ -45,11 +37,11 @@ export class BlockDevice {
   readonly hostErrors = new Map<Errno, number>();
   readonly #memory: GuestAccess;
   readonly #store: BlockStore;
-  readonly #counters: DiskCounters;
+  readonly #counters: DeviceCounters;
   readonly #serial: Uint8Array;
   readonly #head = new Uint8Array(VirtioBlkReqHead.size);
 
-  constructor(memory: GuestAccess, store: BlockStore, counters: DiskCounters, serial = "coiommu") {
+  constructor(memory: GuestAccess, store: BlockStore, counters: DeviceCounters, serial = "coiommu") {
     this.#memory = memory;
     this.#store = store;
     this.#counters = counters;

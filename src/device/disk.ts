@@ -1,8 +1,9 @@
 import { HostError, PeerError, PeerGone } from "../base/errors.ts";
 import { type DmaGate, GatedMemory } from "../memory/gated-memory.ts";
 import { GuestMemory } from "../memory/guest-memory.ts";
-import { BlockDevice, type DiskCounters } from "./block.ts";
+import { BlockDevice } from "./block.ts";
 import type { BlockStore } from "./block-store.ts";
+import type { DeviceCounters } from "./counters.ts";
 import type { DevicePorts } from "./ports.ts";
 import { VhostUserSession } from "./vhost-user.ts";
 
@@ -11,7 +12,7 @@ export interface DiskOptions {
   readonly ports: DevicePorts;
   readonly store: BlockStore;
   readonly gate: DmaGate;
-  readonly counters: DiskCounters;
+  readonly counters: DeviceCounters;
   /** What the guest reads as the disk's serial number; at most 20 bytes. */
   readonly serial?: string;
   /** The connection is over, and everything is released: why, or undefined when QEMU just left. */

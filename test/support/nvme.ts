@@ -1,0 +1,41 @@
+import { MemoryStore } from "../../src/device/block-store.ts";
+import { NvmeController } from "../../src/device/nvme.ts";
+import { NvmeQueue } from "../../src/driver/nvme.ts";
+import { GatedMemory } from "../../src/memory/gated-memory.ts";
+import { TestDma, TestPages } from "./dma.ts";
+import { ram } from "./guest.ts";
+
+export const zeroCounters = () => ({ transfers: 0, bytes: 0, requests: 0, faults: 0, errors: 0 });
+
+export interface NvmeRigOptions {
+  readonly frames?: number;
+  readonly size?: number;
+  readonly store?: MemoryStore;
+  /** The driver's DMA API. */
+  readonly Dma?: typeof TestDma;
+}
+
+/** A driver's queue pair against a controller, in one thread, behind an IOMMU that maps what the driver mapped. */
+export function nvmeRig({
+  frames = 4096,
+  size = 8,
+  store = new MemoryStore(2 ** 18),
+  Dma = TestDma,
+}: NvmeRigOptions = {}) {
+  const memory = ram(frames);
+  const pages = new TestPages(memory, 16, frames - 16);
+  const dma = new Dma(pages);
+  const counters = zeroCounters();
+  const controller = new NvmeController(new GatedMemory(memory, dma.gate), store, counters);
+  const queue = new NvmeQueue({ memory, dma, port: controller, id: 1, size });
+  controller.createQueue(1, queue);
+  /** Let both run until nothing is pending. */
+  const settle = (turns = 10_000): void => {
+    for (let turn = 0; queue.pending > 0; turn++) {
+      if (turn === turns) throw new Error(`${queue.pending} requests are pending after ${turns} turns`);
+      controller.run(3);
+      queue.poll();
+    }
+  };
+  return { memory, pages, dma, counters, controller, queue, store, settle };
+}
