@@ -1,11 +1,11 @@
 import assert from "node:assert/strict";
 import test from "node:test";
 import { EarlyUnmap } from "../../test/support/dma.ts";
+import { flipping } from "../../test/support/flip.ts";
 import { type NicRigOptions, nicRig } from "../../test/support/nic.ts";
 import { random } from "../../test/support/random.ts";
 import type { Gpa } from "../base/units.ts";
 import { GENERATOR } from "../device/nic.ts";
-import type { GuestAccess } from "../memory/guest-memory.ts";
 import { fillPacket, isPacket } from "../wire/nic.ts";
 import type { DmaBuffer } from "./dma-api.ts";
 import { RECEIVE_MODES } from "./receive-buffers.ts";
@@ -145,22 +145,10 @@ test("broken twin: a driver that unmaps too early has not sent", () => {
   assert.deepEqual(r.outcomes, new Array(5).fill(false));
 });
 
-/** A device that gets one byte of its `nth` large write wrong. */
-const flipping = (nth: number) => (gated: GuestAccess) => {
-  let left = nth;
-  return {
-    read: (gpa: number, into: Uint8Array) => gated.read(gpa, into),
-    write: (gpa: number, from: Uint8Array) => {
-      const copy = from.slice();
-      if (from.length > 100 && left-- === 0) copy[99]! ^= 4;
-      gated.write(gpa, copy);
-    },
-    load16: (gpa: number) => gated.load16(gpa),
-    store16: (gpa: number, value: number) => gated.store16(gpa, value),
-    transfer: (...args: Parameters<GuestAccess["transfer"]>) => gated.transfer(...args),
-  };
-};
 test("broken twin: a controller with one wrong byte is noticed", () => {
-  assert.deepEqual(receive({ mode: "half", source: { length: 1500 }, access: flipping(17) }, 40).wrong, [17]);
-  assert.deepEqual(loop({ mode: "fresh", access: flipping(9) }, 40, 1500).wrong, [9]);
+  assert.deepEqual(
+    receive({ mode: "half", source: { length: 1500 }, access: flipping(17) }, 35).wrong,
+    [16, 33],
+  );
+  assert.deepEqual(loop({ mode: "fresh", access: flipping(9) }, 20, 1500).wrong, [8, 17]);
 });

@@ -1,6 +1,4 @@
 import { invariant } from "../base/errors.ts";
-import type { Gpa, Iova } from "../base/units.ts";
-import type { GuestMemory } from "../memory/guest-memory.ts";
 import {
   COMMAND_EOP,
   COMMAND_RS,
@@ -13,8 +11,9 @@ import {
   STATUS_TU,
   TransmitDescriptor,
 } from "../wire/nic.ts";
-import { type DmaApi, type DmaBuffer, DmaMapFailed, type DmaSegment } from "./dma-api.ts";
+import { type DmaBuffer, DmaMapFailed, type DmaSegment } from "./dma-api.ts";
 import type { ReceiveBuffer, ReceiveBuffers } from "./receive-buffers.ts";
+import { DescriptorRing, type RingOptions } from "./ring.ts";
 
 /**
  * The controller's registers.
@@ -29,66 +28,11 @@ export interface NicPort {
   readonly stopped: boolean;
 }
 
-interface RingOptions {
-  readonly memory: GuestMemory;
-  readonly dma: DmaApi;
+interface QueueOptions extends RingOptions {
   readonly port: NicPort;
-  /** Descriptors; one less is the device's at most. */
-  readonly size: number;
 }
 
-/** Descriptors in memory that driver and device share. */
-class Ring {
-  readonly iova: Iova;
-  readonly size: number;
-  /** The next descriptor for the driver to give, and the next to take back. */
-  tail = 0;
-  head = 0;
-  readonly #memory: GuestMemory;
-  readonly #dma: DmaApi;
-  readonly #gpa: Gpa;
-
-  constructor({ memory, dma, size }: RingOptions) {
-    const { gpa, iova } = dma.allocCoherent(size * DESCRIPTOR_SIZE);
-    this.#memory = memory;
-    this.#dma = dma;
-    this.#gpa = gpa;
-    this.iova = iova;
-    this.size = size;
-  }
-
-  get used(): number {
-    return (this.tail - this.head + this.size) % this.size;
-  }
-  get room(): number {
-    return this.size - 1 - this.used;
-  }
-
-  give(descriptor: Uint8Array): void {
-    this.#memory.write(this.#gpa + this.tail * DESCRIPTOR_SIZE, descriptor);
-    this.tail = (this.tail + 1) % this.size;
-  }
-
-  /** Status, and in the high byte what is behind it, of the used descriptor `ahead` of the head. */
-  status(ahead = 0): number {
-    const index = (this.head + ahead) % this.size;
-    // ORDERING: acquire; what the device wrote before the status is read after it.
-    return this.#memory.load16(this.#gpa + index * DESCRIPTOR_SIZE + DESCRIPTOR_STATUS);
-  }
-
-  take(): Uint8Array {
-    const raw = new Uint8Array(DESCRIPTOR_SIZE);
-    this.#memory.read(this.#gpa + this.head * DESCRIPTOR_SIZE, raw);
-    this.head = (this.head + 1) % this.size;
-    return raw;
-  }
-
-  close(): void {
-    this.#dma.freeCoherent(this.#gpa, this.iova, this.size * DESCRIPTOR_SIZE);
-  }
-}
-
-export interface ReceiverOptions extends RingOptions {
+export interface ReceiverOptions extends QueueOptions {
   readonly buffers: ReceiveBuffers;
   /** A packet, valid during the call, or undefined for one that the device lost. */
   received(packet: Uint8Array | undefined): void;
@@ -98,7 +42,7 @@ const PACKET_MAX = 16_384;
 
 /** The receive ring: kept as full as mappings can be had. */
 export class Receiver {
-  readonly ring: Ring;
+  readonly ring: DescriptorRing;
   mapFailures = 0;
   readonly #options: ReceiverOptions;
   /** Buffers of the used descriptors, from the head on. */
@@ -109,7 +53,7 @@ export class Receiver {
   /** Throws DmaMapFailed. */
   constructor(options: ReceiverOptions) {
     this.#options = options;
-    this.ring = new Ring(options);
+    this.ring = new DescriptorRing(options, DESCRIPTOR_SIZE, DESCRIPTOR_STATUS);
   }
 
   /** Take in what the device has received, up to `limit` descriptors, and refill. Returns how many it took. */
@@ -177,16 +121,16 @@ export interface Packet {
 
 /** The transmit ring. Packets wait in order for room and for their mappings. */
 export class Transmitter {
-  readonly ring: Ring;
+  readonly ring: DescriptorRing;
   mapFailures = 0;
-  readonly #options: RingOptions;
+  readonly #options: QueueOptions;
   readonly #waiting: Packet[] = [];
   readonly #sent: { readonly packet: Packet; readonly segments: readonly DmaSegment[] }[] = [];
 
   /** Throws DmaMapFailed. */
-  constructor(options: RingOptions) {
+  constructor(options: QueueOptions) {
     this.#options = options;
-    this.ring = new Ring(options);
+    this.ring = new DescriptorRing(options, DESCRIPTOR_SIZE, DESCRIPTOR_STATUS);
   }
 
   /** Packets that are not done. */
