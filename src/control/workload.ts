@@ -1,8 +1,9 @@
 import { readFileSync } from "node:fs";
 import { UserError } from "../base/errors.ts";
 import type { GuestAgent } from "../machine/qemu/agent.ts";
-import { FIO_USAGE, type FioWorkload, parseFioWorkload, runFio } from "../machine/qemu/fio.ts";
+import { runFio } from "../machine/qemu/fio.ts";
 import { SHELL_SCRIPT } from "../machine/qemu/qemu.ts";
+import { FIO_USAGE, type FioWorkload, parseFioWorkload } from "../machine/workload-text.ts";
 import type { WorkloadResult } from "./result.ts";
 
 export type Workload =

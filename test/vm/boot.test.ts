@@ -17,9 +17,10 @@ import { Duplex } from "node:stream";
 import { after, before, test } from "node:test";
 import { setTimeout as sleep } from "node:timers/promises";
 import { UserError } from "../../src/base/errors.ts";
-import { parseFioWorkload, runFio } from "../../src/machine/qemu/fio.ts";
+import { runFio } from "../../src/machine/qemu/fio.ts";
 import { ensureGuest, type Guest } from "../../src/machine/qemu/guest.ts";
 import { type Qemu, startQemu } from "../../src/machine/qemu/qemu.ts";
+import { parseFioWorkload } from "../../src/machine/workload-text.ts";
 
 const BOOT_MS = 60_000;
 const quick = { timeoutMs: 20_000, what: "a command" };

@@ -1,8 +1,9 @@
 import assert from "node:assert/strict";
 import { test } from "node:test";
 import { demand, loadDrivers, readCounters, unbindDisk } from "../../src/control/guest-side.ts";
-import { parseFioWorkload, runFio } from "../../src/machine/qemu/fio.ts";
+import { runFio } from "../../src/machine/qemu/fio.ts";
 import { ensureGuest } from "../../src/machine/qemu/guest.ts";
+import { parseFioWorkload } from "../../src/machine/workload-text.ts";
 import { bootedVm, eventually, pinnedPages, twoPasses } from "./support.ts";
 
 test("a guest's disk is pinned precisely, unpinned lazily, and loses nothing", async (t) => {

@@ -2,43 +2,11 @@ import assert from "node:assert/strict";
 import { readFileSync } from "node:fs";
 import { join } from "node:path";
 import { test } from "node:test";
-import { UserError } from "../../base/errors.ts";
-import { fioArguments, parseFioOutput, parseFioWorkload } from "./fio.ts";
+import { parseFioWorkload } from "../workload-text.ts";
+import { fioArguments, parseFioOutput } from "./fio.ts";
 
 /** Written by fio 3.33 in a guest; statistics that nobody reads are left out. */
 const captured = (name: string) => readFileSync(join(import.meta.dirname, "fixtures", name), "utf8");
-
-test("a workload's options have defaults and units", () => {
-  const defaults = { rw: "randread", blockSize: 4096, ioDepth: 32, seconds: 5 };
-  assert.deepEqual(parseFioWorkload("fio"), defaults);
-  assert.deepEqual(parseFioWorkload("fio:rw=readwrite,bs=1M,iodepth=1,seconds=3600,size=2g"), {
-    ...{ rw: "rw", blockSize: 2 ** 20, ioDepth: 1, seconds: 3600, size: 2 ** 31 },
-  });
-});
-
-for (const [text, named] of [
-  ["iperf:seconds=1", /"iperf"/],
-  ["fio:depth=4", /"depth"/],
-  ["fio:rw=trim", /rw/],
-  ["fio:bs=511", /bs/],
-  ["fio:bs=1000", /bs/],
-  ["fio:bs=2M", /bs/],
-  ["fio:bs=4KB", /bs/],
-  ["fio:iodepth=0", /iodepth/],
-  ["fio:iodepth=257", /iodepth/],
-  ["fio:seconds=0.5", /seconds/],
-  ["fio:seconds=", /seconds/],
-  ["fio:seconds=1,seconds=2", /seconds/],
-  ["fio:size=4k", /size/],
-] as const)
-  test(`refused: --workload ${text}`, () => {
-    const check = (error: unknown) =>
-      error instanceof UserError &&
-      error.exitCode === 2 &&
-      named.test(error.message) &&
-      /--workload/.test(error.message);
-    assert.throws(() => parseFioWorkload(text), check);
-  });
 
 test("what reads is one job; what writes is filled before and checked after", () => {
   const names = (rw: string) =>

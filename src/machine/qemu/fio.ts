@@ -1,17 +1,6 @@
 import { UserError } from "../../base/errors.ts";
+import { type FioWorkload, WRITTEN_REGION, writes } from "../workload-text.ts";
 import type { GuestAgent } from "./agent.ts";
-
-const PATTERNS = ["read", "write", "randread", "randwrite", "randrw", "rw"] as const;
-type Pattern = (typeof PATTERNS)[number];
-
-export interface FioWorkload {
-  rw: Pattern;
-  blockSize: number;
-  ioDepth: number;
-  seconds: number;
-  /** Bytes of the disk that are used; all of it when absent, except that what writes uses 64 MiB. */
-  size?: number;
-}
 
 /** Of the measured phase only; the fields of `coiommu run --json`. */
 export interface FioResult {
@@ -25,52 +14,11 @@ export interface FioResult {
   errors: number;
 }
 
-export const FIO_USAGE = "--workload fio:rw=randread,bs=4k,iodepth=32,seconds=5[,size=64M]";
-
 const KIB = 1024;
-const WRITTEN_REGION = 64 * KIB * KIB;
 /** Filling and checking use large requests, to be quick; every block in them has a checksum of its own. */
 const CHECK_REQUEST = 256 * KIB;
 /** Slower than any guest; a bound for the time that fio may take. */
 const CHECKED_PER_SECOND_MIN = 4 * KIB * KIB;
-
-/** "fio:rw=randread,bs=4k,…"; what is left out is as in FIO_USAGE. */
-export function parseFioWorkload(text: string): FioWorkload {
-  const wrong = (what: string) => new UserError(`--workload ${text}: ${what}; give ${FIO_USAGE}`, 2);
-  const [name, options = ""] = text.split(/:(.*)/s, 2) as [string, string?];
-  if (name !== "fio") throw wrong(`"${name}" is not fio`);
-  const given = new Map<string, string>();
-  for (const option of options.split(",").filter((part) => part !== "")) {
-    const [key, value] = option.split("=", 2) as [string, string?];
-    if (!["rw", "bs", "iodepth", "seconds", "size"].includes(key)) throw wrong(`unknown option "${key}"`);
-    if (!value) throw wrong(`${key} has no value`);
-    if (given.has(key)) throw wrong(`${key} is given twice`);
-    given.set(key, value);
-  }
-  const within = (key: string, otherwise: string, low: number, high: number, form: string): number => {
-    const value = parseSize(given.get(key) ?? otherwise);
-    if (value === undefined || value < low || value > high) throw wrong(`${key} must be ${form}`);
-    return value;
-  };
-  const rw = (given.get("rw") ?? "randread").replace(/^readwrite$/, "rw");
-  if (!isPattern(rw)) throw wrong(`rw must be one of ${PATTERNS.join(", ")}`);
-  const blockSize = within("bs", "4k", 512, KIB * KIB, "512 to 1M");
-  if (blockSize % 512 !== 0) throw wrong("bs must be a multiple of 512");
-  const ioDepth = within("iodepth", "32", 1, 256, "1 to 256");
-  const seconds = within("seconds", "5", 1, 3600, "1 to 3600");
-  if (!given.has("size")) return { rw, blockSize, ioDepth, seconds };
-  return { rw, blockSize, ioDepth, seconds, size: within("size", "", KIB * KIB, 2 ** 50, "1M or more") };
-}
-
-const isPattern = (text: string): text is Pattern => (PATTERNS as readonly string[]).includes(text);
-
-function parseSize(text: string): number | undefined {
-  const match = /^(\d{1,15})([kmg]?)$/i.exec(text);
-  const shift = { "": 0, k: 10, m: 20, g: 30 }[match?.[2]?.toLowerCase() ?? ""] ?? 0;
-  return match ? Number(match[1]) * 2 ** shift : undefined;
-}
-
-const writes = (workload: FioWorkload): boolean => !workload.rw.endsWith("read");
 
 /**
  * fio's jobs, one after the other: fill (every block of the region gets a header with checksum and offset), the
