@@ -8,6 +8,7 @@ import { zeroCounters } from "./nvme.ts";
 
 export interface GpuRigOptions {
   readonly frames?: number;
+  /** Entries of the device's table. */
   readonly pages?: number;
   readonly size?: number;
   readonly Dma?: typeof TestDma;
@@ -15,20 +16,24 @@ export interface GpuRigOptions {
   readonly access?: (gated: GuestAccess) => GuestAccess;
 }
 
-/** A graphics driver against its device, in one thread, behind an IOMMU that maps what the driver mapped. */
-export function gpuRig({
-  frames = 4096,
-  pages = 256,
-  size = 8,
-  Dma = TestDma,
-  access = (gated) => gated,
-}: GpuRigOptions = {}) {
+/** A graphics device behind an IOMMU that maps what the driver mapped, and what a driver needs. */
+export function gpuParts({ frames = 4096, Dma = TestDma, access = (gated) => gated }: GpuRigOptions = {}) {
   const memory = ram(frames);
-  const allocator = new TestPages(memory, 16, frames - 16);
-  const dma = new Dma(allocator);
+  const pages = new TestPages(memory, 16, frames - 16);
+  const dma = new Dma(pages);
   const counters = zeroCounters();
   const gpu = new Gpu(access(new GatedMemory(memory, dma.gate)), counters);
-  const driver = new GpuDriver({ memory, dma, port: gpu, size, pages });
+  return { memory, pages, dma, counters, gpu };
+}
+
+/** The same with its driver. */
+export function gpuRig(options: GpuRigOptions = {}) {
+  const parts = gpuParts(options);
+  const { memory, dma, gpu } = parts;
+  const driver = new GpuDriver({
+    ...{ memory, dma, port: gpu },
+    ...{ size: options.size ?? 8, pages: options.pages ?? 256 },
+  });
   gpu.start(driver);
-  return { memory, pages: allocator, dma, counters, gpu, driver };
+  return { ...parts, driver };
 }

@@ -15,10 +15,9 @@ export interface NvmeRigOptions {
   readonly Dma?: typeof TestDma;
 }
 
-/** A driver's queue pair against a controller, in one thread, behind an IOMMU that maps what the driver mapped. */
-export function nvmeRig({
+/** A controller behind an IOMMU that maps what the driver mapped, and what a driver needs. */
+export function nvmeParts({
   frames = 4096,
-  size = 8,
   store = new MemoryStore(2 ** 18),
   Dma = TestDma,
 }: NvmeRigOptions = {}) {
@@ -27,7 +26,14 @@ export function nvmeRig({
   const dma = new Dma(pages);
   const counters = zeroCounters();
   const controller = new NvmeController(new GatedMemory(memory, dma.gate), store, counters);
-  const queue = new NvmeQueue({ memory, dma, port: controller, id: 1, size });
+  return { memory, pages, dma, counters, controller, store };
+}
+
+/** The same with a driver's queue pair. */
+export function nvmeRig(options: NvmeRigOptions = {}) {
+  const parts = nvmeParts(options);
+  const { memory, dma, controller } = parts;
+  const queue = new NvmeQueue({ memory, dma, port: controller, id: 1, size: options.size ?? 8 });
   controller.createQueue(1, queue);
   /** Let both run until nothing is pending. */
   const settle = (turns = 10_000): void => {
@@ -37,5 +43,5 @@ export function nvmeRig({
       queue.poll();
     }
   };
-  return { memory, pages, dma, counters, controller, queue, store, settle };
+  return { ...parts, queue, settle };
 }
