@@ -291,6 +291,30 @@ for (const [what, ring] of [
     assert.equal(controller.run(8).completed, 1);
   });
 
+test("a deleted queue is not served, and its doorbells are invalid", () => {
+  const { add, controller, counters, create } = setUp();
+  add({ opcode: FLUSH });
+  controller.deleteQueue(1);
+  controller.submit(1, 2);
+  assert.deepEqual([controller.run(8), counters.errors], [{ completed: 0, more: false }, 1]);
+  create();
+  controller.submit(1, 1);
+  assert.equal(controller.run(8).completed, 1);
+});
+
+test("contiguous pages are moved together, but no DMA window is long", () => {
+  const { execute, counters } = setUp();
+  execute({ opcode: READ, prp1: P, prp2: P + 4096, nlb: 15 });
+  assert.equal(counters.transfers, 1);
+  const { execute: again, counters: count, list } = setUp();
+  list(
+    LIST,
+    Array.from({ length: 63 }, (_, i) => P + 4096 * (i + 1)),
+  );
+  again({ opcode: READ, prp1: P, prp2: LIST, nlb: 511 });
+  assert.deepEqual([count.transfers, count.bytes], [4, 2 ** 18]);
+});
+
 test("what the host refuses is a media error, by errno", () => {
   class Bad extends MemoryStore {
     override read(): void {

@@ -8,7 +8,10 @@ export class PrpOffsetInvalid extends CoiommuError {
   readonly code = "ERR_COIOMMU_PRP_OFFSET";
 }
 
-/** A piece of guest memory that PRP entries name, with neighbours joined. */
+/** A piece is one DMA window, which an unpin waits for: neighbours are joined up to so many bytes. */
+const PIECE_BYTES_MAX = 2 ** 16;
+
+/** A piece of guest memory that PRP entries name. */
 export interface PrpPiece {
   readonly gpa: Gpa;
   readonly length: number;
@@ -25,7 +28,8 @@ export function prpPieces(memory: GuestAccess, prp1: number, prp2: number, lengt
   const page = (address: number) => {
     const size = Math.min(left, NVME_PAGE_SIZE - (address % NVME_PAGE_SIZE));
     const last = pieces.at(-1);
-    if (last && last.gpa + last.length === address) last.length += size;
+    if (last && last.gpa + last.length === address && last.length + size <= PIECE_BYTES_MAX)
+      last.length += size;
     else pieces.push({ gpa: address as Gpa, length: size });
     left -= size;
   };

@@ -1,6 +1,6 @@
 import assert from "node:assert/strict";
 import test from "node:test";
-import { EarlyUnmap } from "../../test/support/dma.ts";
+import { EarlyUnmap, JoiningDma } from "../../test/support/dma.ts";
 import { flipping } from "../../test/support/flip.ts";
 import { type GpuRigOptions, gpuRig } from "../../test/support/gpu.ts";
 import { random } from "../../test/support/random.ts";
@@ -70,6 +70,26 @@ test("random copies, overlapping ones too, leave what the model says, over many 
   r.driver.unbind(r.binding);
   r.driver.close();
   assert.deepEqual([r.dma.live, r.pages.used], [0, 0]);
+});
+
+test("a mapping with fewer segments than frames", () => {
+  const r = gpuRig({ Dma: JoiningDma });
+  const list = [0x80_0000, 0x80_1000, 0x90_0000].map((gpa) => ({ gpa: gpa as Gpa, length: 4096 }));
+  const binding = r.driver.bind(3, list);
+  assert.deepEqual([binding.segments.length, binding.pages], [2, 3]);
+  const data = new Uint8Array(4096);
+  stamp(data, 1, 1);
+  r.memory.write(0x90_0000, data);
+  r.driver.copy({
+    source: 5 * 4096,
+    target: 4 * 4096,
+    length: 4096,
+    done: (error) => assert.equal(error, 0),
+  });
+  r.gpu.run(1);
+  assert.equal(r.driver.poll(), 1);
+  r.memory.read(0x80_1000, data);
+  assert.ok(isStamped(data, 1, 1));
 });
 
 test("a copy to where nothing is bound any more is refused", () => {

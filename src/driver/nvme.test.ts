@@ -1,6 +1,6 @@
 import assert from "node:assert/strict";
 import test from "node:test";
-import { EarlyUnmap } from "../../test/support/dma.ts";
+import { EarlyUnmap, JoiningDma } from "../../test/support/dma.ts";
 import { nvmeRig } from "../../test/support/nvme.ts";
 import { random } from "../../test/support/random.ts";
 import type { Gpa } from "../base/units.ts";
@@ -84,6 +84,20 @@ for (const [what, buffers] of layouts)
     r.queue.close();
     assert.deepEqual([r.dma.live, r.pages.used], [0, 0]);
   });
+
+test("a mapping with fewer segments than buffers", () => {
+  const r = nvmeRig({ frames: 8192, Dma: JoiningDma });
+  const buffers = [at(0x10_0400, 3072), at(0x10_1000, 4096), at(0x10_2000, 4096), at(0x20_0000, 1024)];
+  const data = new Uint8Array(3 * 4096);
+  stamp(data, 1, 2);
+  poke(r, buffers, data);
+  assert.equal(run(r, { kind: "write", block: 0, buffers }), 0);
+  poke(r, buffers, new Uint8Array(data.length));
+  assert.equal(run(r, { kind: "read", block: 0, buffers }), 0);
+  assert.ok(isStamped(peek(r, buffers), 1, 2));
+  r.queue.close();
+  assert.equal(r.dma.live, 0);
+});
 
 /** `count` writes of one block each, all submitted at once, then read back. Returns the numbers of wrong blocks. */
 function wrongBlocks(r: Rig, count: number): number[] {

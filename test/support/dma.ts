@@ -169,6 +169,27 @@ export class TestDma implements DmaApi {
   }
 }
 
+/** A DMA API that joins neighbours of a scatter list, as behind an IOMMU that translates. */
+export class JoiningDma extends TestDma {
+  readonly #parts = new Map<readonly DmaSegment[], DmaSegment[]>();
+
+  override mapSg(list: readonly DmaBuffer[], direction: DmaDirection): DmaSegment[] {
+    const parts = super.mapSg(list, direction);
+    const joined: { iova: Iova; length: number }[] = [];
+    for (const { iova, length } of parts) {
+      const last = joined.at(-1);
+      if (last && last.iova + last.length === iova) last.length += length;
+      else joined.push({ iova, length });
+    }
+    this.#parts.set(joined, parts);
+    return joined;
+  }
+  override unmapSg(list: readonly DmaSegment[], direction: DmaDirection): void {
+    super.unmapSg(this.#parts.get(list)!, direction);
+    this.#parts.delete(list);
+  }
+}
+
 /** Broken twin: what a driver looks like that unmaps its buffers before the device is done with them. */
 export class EarlyUnmap extends TestDma {
   override mapSingle(gpa: Gpa, length: number, direction: DmaDirection): Iova {
