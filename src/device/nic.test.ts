@@ -23,7 +23,7 @@ const LAST = COMMAND_EOP | COMMAND_RS;
 
 /** A controller, and a driver that writes what it likes. Frames are mapped as the test says. */
 function setUp(source: NicSetup["source"] = "loopback") {
-  const parts = nicParts();
+  const parts = nicParts({ allocatable: 16 });
   const { memory, dma, nic, counters } = parts;
   const rings = [0x1000, 0x2000].map((gpa) => ({ iova: gpa as Iova, size: SIZE }));
   const [receive, transmit] = rings as [{ iova: Iova; size: number }, { iova: Iova; size: number }];

@@ -14,7 +14,9 @@ import { random } from "./random.ts";
 /** Frames [first, first + frames) of a guest, handed out in no order; a frame that is still mapped must not come back. */
 export class TestPages implements PageAllocator {
   readonly #memory: GuestMemory;
-  readonly #free: Set<number>;
+  /** In no order. */
+  readonly #free: number[];
+  readonly #isFree: Set<number>;
   readonly #next = random(1);
   /** Set by TestDma. */
   isMapped: (gfn: number) => boolean = () => false;
@@ -22,18 +24,17 @@ export class TestPages implements PageAllocator {
 
   constructor(memory: GuestMemory, first: number, frames: number) {
     this.#memory = memory;
-    this.#free = new Set(Array.from({ length: frames }, (_, i) => first + i));
+    this.#free = Array.from({ length: frames }, (_, i) => first + i);
+    this.#isFree = new Set(this.#free);
   }
 
   allocate(frames: number): Gpa | undefined {
-    const starts: number[] = [];
-    for (const gfn of this.#free) {
-      if (this.#run(gfn, frames)) starts.push(gfn);
-      if (starts.length === 16) break;
-    }
-    const first = starts[this.#next(starts.length)];
+    const first =
+      frames === 1
+        ? this.#free[this.#next(this.#free.length)]
+        : this.#free.find((gfn) => this.#run(gfn, frames));
     if (first === undefined) return undefined;
-    for (let i = 0; i < frames; i++) this.#free.delete(first + i);
+    for (let i = 0; i < frames; i++) this.#take(first + i);
     this.used += frames;
     this.#memory.write(first * FRAME_SIZE, new Uint8Array(frames * FRAME_SIZE));
     return (first * FRAME_SIZE) as Gpa;
@@ -41,15 +42,22 @@ export class TestPages implements PageAllocator {
 
   free(gpa: Gpa, frames: number): void {
     for (let gfn: number = gfnOf(gpa); gfn < gfnOf(gpa) + frames; gfn++) {
-      if (this.#free.has(gfn)) throw new Error(`frame ${gfn} is freed twice`);
+      if (this.#isFree.has(gfn)) throw new Error(`frame ${gfn} is freed twice`);
       if (this.isMapped(gfn)) throw new Error(`frame ${gfn} is freed while it is mapped`);
-      this.#free.add(gfn);
+      this.#free.push(gfn);
+      this.#isFree.add(gfn);
     }
     this.used -= frames;
   }
 
+  #take(gfn: number): void {
+    this.#isFree.delete(gfn);
+    this.#free[this.#free.indexOf(gfn)] = this.#free.at(-1)!;
+    this.#free.pop();
+  }
+
   #run(first: number, frames: number): boolean {
-    for (let i = 1; i < frames; i++) if (!this.#free.has(first + i)) return false;
+    for (let i = 1; i < frames; i++) if (!this.#isFree.has(first + i)) return false;
     return true;
   }
 }

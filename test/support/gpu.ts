@@ -8,6 +8,8 @@ import { zeroCounters } from "./nvme.ts";
 
 export interface GpuRigOptions {
   readonly frames?: number;
+  /** Frames that the allocator has: those behind them are the test's. */
+  readonly allocatable?: number;
   /** Entries of the device's table. */
   readonly pages?: number;
   readonly size?: number;
@@ -17,9 +19,14 @@ export interface GpuRigOptions {
 }
 
 /** A graphics device behind an IOMMU that maps what the driver mapped, and what a driver needs. */
-export function gpuParts({ frames = 4096, Dma = TestDma, access = (gated) => gated }: GpuRigOptions = {}) {
+export function gpuParts({
+  frames = 4096,
+  allocatable = frames,
+  Dma = TestDma,
+  access = (gated) => gated,
+}: GpuRigOptions = {}) {
   const memory = ram(frames);
-  const pages = new TestPages(memory, 16, frames - 16);
+  const pages = new TestPages(memory, 16, allocatable - 16);
   const dma = new Dma(pages);
   const counters = zeroCounters();
   const gpu = new Gpu(access(new GatedMemory(memory, dma.gate)), counters);
@@ -28,7 +35,7 @@ export function gpuParts({ frames = 4096, Dma = TestDma, access = (gated) => gat
 
 /** The same with its driver. */
 export function gpuRig(options: GpuRigOptions = {}) {
-  const parts = gpuParts(options);
+  const parts = gpuParts({ allocatable: 0x800, ...options });
   const { memory, dma, gpu } = parts;
   const driver = new GpuDriver({
     ...{ memory, dma, port: gpu },

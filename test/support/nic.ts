@@ -13,6 +13,8 @@ export interface NicRigOptions {
   readonly mode: ReceiveMode;
   readonly source: NicSetup["source"];
   readonly size?: number;
+  /** Frames that the allocator has: those behind them are the test's. */
+  readonly allocatable?: number;
   readonly Dma?: typeof TestDma;
   /** The device's memory, given that of the IOMMU. */
   readonly access?: (gated: GuestAccess) => GuestAccess;
@@ -29,11 +31,12 @@ export interface NicParts {
 
 /** A controller behind an IOMMU that maps what the driver mapped, and what a driver needs. */
 export function nicParts({
+  allocatable = 4096,
   Dma = TestDma,
   access = (gated) => gated,
 }: Partial<NicRigOptions> = {}): NicParts {
   const memory = ram(4096);
-  const pages = new TestPages(memory, 16, 4080);
+  const pages = new TestPages(memory, 16, allocatable - 16);
   const dma = new Dma(pages);
   const frames = new FrameCache(pages, 512, random(3));
   const counters = zeroCounters();
@@ -43,7 +46,7 @@ export function nicParts({
 
 /** The same with its driver. `received`: each packet's bytes, or undefined for a lost one. */
 export function nicRig(options: NicRigOptions) {
-  const parts = nicParts(options);
+  const parts = nicParts({ allocatable: 0x700, ...options });
   const { memory, dma, frames, nic } = parts;
   const received: (Uint8Array | undefined)[] = [];
   const size = options.size ?? 8;

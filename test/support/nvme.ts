@@ -9,6 +9,8 @@ export const zeroCounters = () => ({ transfers: 0, bytes: 0, requests: 0, faults
 
 export interface NvmeRigOptions {
   readonly frames?: number;
+  /** Frames that the allocator has: those behind them are the test's. */
+  readonly allocatable?: number;
   readonly size?: number;
   readonly store?: MemoryStore;
   /** The driver's DMA API. */
@@ -18,11 +20,12 @@ export interface NvmeRigOptions {
 /** A controller behind an IOMMU that maps what the driver mapped, and what a driver needs. */
 export function nvmeParts({
   frames = 4096,
+  allocatable = frames,
   store = new MemoryStore(2 ** 18),
   Dma = TestDma,
 }: NvmeRigOptions = {}) {
   const memory = ram(frames);
-  const pages = new TestPages(memory, 16, frames - 16);
+  const pages = new TestPages(memory, 16, allocatable - 16);
   const dma = new Dma(pages);
   const counters = zeroCounters();
   const controller = new NvmeController(new GatedMemory(memory, dma.gate), store, counters);
@@ -31,7 +34,7 @@ export function nvmeParts({
 
 /** The same with a driver's queue pair. */
 export function nvmeRig(options: NvmeRigOptions = {}) {
-  const parts = nvmeParts(options);
+  const parts = nvmeParts({ allocatable: 0x100, ...options });
   const { memory, dma, controller } = parts;
   const queue = new NvmeQueue({ memory, dma, port: controller, id: 1, size: options.size ?? 8 });
   controller.createQueue(1, queue);
