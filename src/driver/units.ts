@@ -1,7 +1,8 @@
+import { FRAME_SIZE } from "../base/units.ts";
 import type { GuestMemory } from "../memory/guest-memory.ts";
 import {
-  ENTRY_PRESENT,
   entryOffset,
+  entryTarget,
   gfnCapacity,
   LEAF_BITS,
   TU_ACCESSED,
@@ -18,6 +19,8 @@ export type Counted = "pinned" | "ask" | "no-unit" | "saturated";
 /** No unit: the table has none for the frame. */
 export const NO_UNIT = -1;
 const LEAF_FRAMES = 2 ** LEAF_BITS;
+/** Leaves that are remembered: of 1 TiB. */
+const LEAVES_MAX = 2 ** 18;
 
 /**
  * Tracking units: how mappings count frames up and down. docs/abi.md sections 1 and 2; the same operations in the same
@@ -29,6 +32,8 @@ export class TrackingUnits {
   readonly #levels: number;
   readonly #capacity: number;
   readonly #countMax: number;
+  /** By GFN / 1,024: the leaf's own GFN as #walk found it, or 0. No entry changes while the table is in use. */
+  readonly #leaves: Int32Array;
 
   /** `cpus`: how many may count at once before one sees that COUNT passed the limit. */
   constructor(memory: GuestMemory, { root, levels }: TableGeometry, cpus: number) {
@@ -37,6 +42,7 @@ export class TrackingUnits {
     this.#levels = levels;
     this.#capacity = gfnCapacity(levels);
     this.#countMax = TU_COUNT - cpus;
+    this.#leaves = new Int32Array(Math.min(this.#capacity / LEAF_FRAMES, LEAVES_MAX));
   }
 
   /**
@@ -96,7 +102,7 @@ export class TrackingUnits {
    * would borrow from the flags. PAIRS WITH claimForUnpin(), which fails until this has made COUNT 0.
    */
   #putUnit(unit: number): boolean {
-    let seen = this.#memory.load32(unit);
+    let seen = this.#memory.peek32(unit);
     while (seen & TU_COUNT) {
       const found = this.#memory.compareExchange32(unit, seen, seen - 1);
       if (found === seen) return true;
@@ -107,7 +113,7 @@ export class TrackingUnits {
 
   /** The unit of `gfn`, given that of `gfn` - 1 or NO_UNIT. */
   #next(unit: number, gfn: number): number {
-    return unit !== NO_UNIT && gfn % LEAF_FRAMES !== 0 ? unit + UNIT_SIZE : this.find(gfn);
+    return unit !== NO_UNIT && (gfn & (LEAF_FRAMES - 1)) !== 0 ? unit + UNIT_SIZE : this.find(gfn);
   }
 
   /**
@@ -116,14 +122,21 @@ export class TrackingUnits {
    * ORDERING: an entry is published before the first map, and never changes while the table is in use.
    */
   find(gfn: number): number {
+    const leaf = this.#leaves[(gfn / LEAF_FRAMES) | 0];
+    return leaf ? leaf * FRAME_SIZE + unitOffset(gfn) : this.#walk(gfn);
+  }
+
+  #walk(gfn: number): number {
     if (gfn >= this.#capacity) return NO_UNIT;
-    let table = this.#root;
+    let table: number = this.#root;
     for (let level = this.#levels; level > 1; level--) {
       const at = table + entryOffset(gfn, level);
-      const low = this.#memory.load32(at);
-      if (!(low & ENTRY_PRESENT)) return NO_UNIT;
-      table = (this.#memory.load32(at + 4) >>> 0) * 2 ** 32 + ((low & 0xffff_f000) >>> 0);
+      const next = entryTarget(this.#memory.load32(at), this.#memory.load32(at + 4));
+      if (next === undefined) return NO_UNIT;
+      table = next;
     }
+    const leaf = table / FRAME_SIZE;
+    if (leaf < 2 ** 31) this.#leaves[(gfn / LEAF_FRAMES) | 0] = leaf;
     return table + unitOffset(gfn);
   }
 }

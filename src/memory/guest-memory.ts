@@ -33,6 +33,21 @@ interface Mapped extends GuestRegion {
   readonly halves: Uint16Array;
 }
 
+function mapped({ gpa, size, hostAddress, bytes }: GuestRegion): Mapped {
+  return {
+    gpa,
+    size,
+    hostAddress,
+    bytes,
+    end: gpa + size,
+    words: new Int32Array(bytes.buffer, bytes.byteOffset, size / 4),
+    halves: new Uint16Array(bytes.buffer, bytes.byteOffset, size / 2),
+  };
+}
+
+/** What was used last when nothing was. */
+const NONE = mapped({ gpa: 0 as Gpa, size: 0, hostAddress: 0, bytes: new Uint8Array(0) });
+
 /**
  * Guest RAM by region, bounds-checked. With the software IOMMU's shared words, the only place that calls Atomics.
  *
@@ -41,7 +56,7 @@ interface Mapped extends GuestRegion {
  */
 export class GuestMemory implements GuestAccess {
   #regions: readonly Mapped[] = [];
-  #last: Mapped | undefined;
+  #last: Mapped = NONE;
 
   constructor(regions: readonly GuestRegion[] = []) {
     this.setRegions(regions);
@@ -63,20 +78,14 @@ export class GuestMemory implements GuestAccess {
           throw new ProtocolError(
             `RAM region 0x${r.gpa.toString(16)}+0x${r.size.toString(16)} is not in whole frames`,
           );
-        const { buffer, byteOffset } = r.bytes;
-        return {
-          ...r,
-          end: r.gpa + r.size,
-          words: new Int32Array(buffer, byteOffset, r.size / 4),
-          halves: new Uint16Array(buffer, byteOffset, r.size / 2),
-        };
+        return mapped(r);
       })
       .sort((a, b) => a.gpa - b.gpa);
     for (const [i, r] of sorted.entries())
       if (i > 0 && sorted[i - 1]!.end > r.gpa)
         throw new ProtocolError(`RAM regions overlap at 0x${r.gpa.toString(16)}`);
     this.#regions = sorted;
-    this.#last = undefined;
+    this.#last = NONE;
   }
 
   /** The region that holds all of [gpa, gpa + length), or undefined. */
@@ -136,6 +145,15 @@ export class GuestMemory implements GuestAccess {
     return Atomics.load(r.words, (gpa - r.gpa) / 4);
   }
 
+  /**
+   * ORDERING: none, as READ_ONCE() in a kernel: one access that is not torn, for a value that a compareExchange32 then
+   * confirms. V8 calls a function for each of Atomics: this one costs a tenth.
+   */
+  peek32(gpa: number): number {
+    const r = this.#aligned(gpa, 4);
+    return r.words[(gpa - r.gpa) / 4]!;
+  }
+
   /** ORDERING: release. */
   store32(gpa: number, value: number): void {
     const r = this.#aligned(gpa, 4);
@@ -168,7 +186,7 @@ export class GuestMemory implements GuestAccess {
 
   #find(gpa: number, length: number): Mapped | undefined {
     const last = this.#last;
-    if (last && gpa >= last.gpa && gpa + length <= last.end) return last;
+    if (last !== NONE && gpa >= last.gpa && gpa + length <= last.end) return last;
     for (const r of this.#regions)
       if (gpa >= r.gpa && gpa + length <= r.end) {
         this.#last = r;
@@ -183,7 +201,19 @@ export class GuestMemory implements GuestAccess {
     return r;
   }
 
+  /**
+   * The region that holds the aligned item of `size` bytes at `gpa`. The first line is every access of a driver's hot
+   * path: an index that its 32-bit form equals is an integer, so `gpa` is aligned, and regions are whole frames, so an
+   * item that begins in one ends in it.
+   */
   #aligned(gpa: number, size: 2 | 4): Mapped {
+    const last = this.#last;
+    const offset = gpa - last.gpa;
+    const at = offset / size;
+    return (at | 0) === at && at >= 0 && offset < last.size ? last : this.#alignedElsewhere(gpa, size);
+  }
+
+  #alignedElsewhere(gpa: number, size: number): Mapped {
     if (gpa % size) throw new NotGuestRam(gpa, size);
     return this.#at(gpa, size);
   }

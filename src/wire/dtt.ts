@@ -28,7 +28,9 @@ export const TU_PINNED = 0x8000_0000;
  */
 export function entryTarget(low: number, high: number): number | undefined {
   if ((low & 0xfff) !== ENTRY_PRESENT || high >>> 20 !== 0) return undefined;
-  return (high >>> 0) * 2 ** 32 + ((low & 0xffff_f000) >>> 0);
+  const target = (low & 0xffff_f000) >>> 0;
+  // Keeps addresses below 2 GiB in V8's small integers.
+  return high === 0 ? target : (high >>> 0) * 2 ** 32 + target;
 }
 
 /** Levels that a table needs for GFNs up to `last`. abi.md section 1: 1 + ceil((gfn_bits - 10) / 9). */
@@ -38,12 +40,22 @@ export function levelsFor(last: number): number {
   return levels;
 }
 
+const ENTRY_MASK = 2 ** ENTRY_BITS - 1;
+const LEAF_MASK = 2 ** LEAF_BITS - 1;
+/** By level: 1 / GFNs below an entry. */
+const ENTRIES_PER_GFN = Array.from(
+  { length: LEVELS_MAX + 1 },
+  (_, level) => 2 ** -(LEAF_BITS + ENTRY_BITS * (level - 2)),
+);
+
+// `&` looks at the low 32 bits of an integer of any size, and drops a fraction; `%` of what exceeds 31 bits is slow.
+
 /** Byte offset, in the table of `level` (>= 2), of the entry on the way to `gfn`. */
 export const entryOffset = (gfn: number, level: number): number =>
-  (Math.floor(gfn / 2 ** (LEAF_BITS + ENTRY_BITS * (level - 2))) % 512) * ENTRY_SIZE;
+  ((gfn * ENTRIES_PER_GFN[level]!) & ENTRY_MASK) * ENTRY_SIZE;
 
 /** Byte offset of the unit of `gfn` in its leaf. */
-export const unitOffset = (gfn: number): number => (gfn % 1024) * UNIT_SIZE;
+export const unitOffset = (gfn: number): number => (gfn & LEAF_MASK) * UNIT_SIZE;
 
 /** GFNs that a table of `levels` levels can hold. */
 export const gfnCapacity = (levels: number): number => 2 ** (LEAF_BITS + ENTRY_BITS * (levels - 1));
