@@ -39,8 +39,8 @@ export interface HotPathCase {
   readonly series: Readonly<Record<"c" | "atomics" | "typescript", Series>>;
 }
 
-export function hotPath(rounds: number): HotPathCase[] {
-  using native = new NativeBinary(new URL("native/hot-path.c", import.meta.url), "library");
+export async function hotPath(rounds: number, say: (text: string) => void): Promise<HotPathCase[]> {
+  using native = await NativeBinary.build(new URL("native/hot-path.c", import.meta.url), "library", say);
   const mapper = new FdMapper();
   try {
     const { hostAddress, bytes } = mapper.map(createMemfd("coiommu-bench", RAM), 0, RAM);

@@ -49,7 +49,7 @@ const report: Report = {
     v8: process.versions.v8,
   },
   rounds,
-  cases: hotPath(rounds),
+  cases: await hotPath(rounds, console.error),
 };
 console.log(table(report));
 write(values.json, `${JSON.stringify(report, null, 2)}\n`);

@@ -2,11 +2,12 @@
  * Builds C against the kernel module's own guest/linux/units.c, in user space: bench/native/shim stands in for the
  * kernel's headers.
  */
-import { execFileSync } from "node:child_process";
 import { mkdtempSync, rmSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { fileURLToPath } from "node:url";
+import { command } from "../../src/machine/qemu/command.ts";
+import { ensureHostTools, type HostTool, type Report } from "../../src/machine/qemu/packages.ts";
 
 const here = (relative: string) => fileURLToPath(new URL(relative, import.meta.url));
 
@@ -15,26 +16,39 @@ const FLAGS = ["-O2", "-std=gnu11", "-fno-strict-aliasing", "-Wall", "-Wextra", 
 const INCLUDES = ["shim", ".", "../../guest/linux"].map((folder) => `-I${here(folder)}`);
 const SOURCES = [here("../../guest/linux/units.c"), here("table.c")];
 
-/** A compiled file that is gone after `using`. Throws what gcc says. */
+const TOOLS: readonly HostTool[] = [
+  { package: "gcc", purpose: "compiles the module's C in user space", program: "gcc" },
+  { package: "libc6-dev", purpose: "has the C library's headers", library: "crt1.o" },
+];
+
+/** A compiled file; its owner removes it. */
 export class NativeBinary implements Disposable {
   readonly path: string;
-  readonly #folder = mkdtempSync(join(tmpdir(), "coiommu-native-"));
+  readonly #folder: string;
 
-  constructor(source: URL, kind: "program" | "library") {
-    this.path = join(this.#folder, kind);
+  private constructor(folder: string, kind: string) {
+    this.#folder = folder;
+    this.path = join(folder, kind);
+  }
+
+  /** Throws what gcc says, or what is to be installed. */
+  static async build(source: URL, kind: "program" | "library", report: Report): Promise<NativeBinary> {
+    await ensureHostTools(report, TOOLS, "compiling the module's C in user space");
+    const binary = new NativeBinary(mkdtempSync(join(tmpdir(), "coiommu-native-")), kind);
     const shape = kind === "library" ? ["-shared", "-fPIC", "-fvisibility=hidden"] : [];
-    try {
-      execFileSync(
-        "gcc",
-        [...FLAGS, ...shape, ...INCLUDES, "-o", this.path, ...SOURCES, fileURLToPath(source)],
-        {
-          stdio: ["ignore", "ignore", "pipe"],
-        },
-      );
-    } catch (error) {
-      this[Symbol.dispose]();
-      throw error;
-    }
+    const files = [...SOURCES, fileURLToPath(source)];
+    const { code, stderr } = await command([
+      "gcc",
+      ...FLAGS,
+      ...shape,
+      ...INCLUDES,
+      "-o",
+      binary.path,
+      ...files,
+    ]);
+    if (code === 0) return binary;
+    binary[Symbol.dispose]();
+    throw new Error(`gcc could not compile ${fileURLToPath(source)}:\n${stderr}`);
   }
 
   [Symbol.dispose](): void {

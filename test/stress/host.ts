@@ -1,0 +1,107 @@
+/** The backend in a process of its own: the production Tracker over a pinner that says in shared memory what it holds. */
+import { type Gpa, milliseconds, type Nanoseconds } from "../../src/base/units.ts";
+import { monotonicClock } from "../../src/host/clock.ts";
+import { counters, countersBuffer } from "../../src/memory/counters.ts";
+import { GuestMemory } from "../../src/memory/guest-memory.ts";
+import { LruPolicy } from "../../src/policy/lru.ts";
+import { DmaTrackingTable, type Unit } from "../../src/tracking/dtt.ts";
+import type { Pinner } from "../../src/tracking/pinner.ts";
+import { createIommuBuffer, SoftwareIommu } from "../../src/tracking/software-iommu.ts";
+import { TRACKING_COUNTERS, Tracker } from "../../src/tracking/tracker.ts";
+import { TU_PINNED } from "../../src/wire/dtt.ts";
+import {
+  ANSWERED,
+  ASKED,
+  GONE,
+  type HostTotals,
+  heldWord,
+  inheritedRam,
+  mailbox,
+  meet,
+  type Orders,
+  RAM,
+  READY,
+  rest,
+} from "./arena.ts";
+
+const orders: Orders = JSON.parse(process.argv[2]!);
+const region = inheritedRam();
+const memory = new GuestMemory();
+
+/** A page's handle is its frame. */
+const pinner: Pinner = {
+  name: "shared words",
+  kernelSource: "none",
+  pin(addresses, count, handles) {
+    for (let i = 0; i < count; i++) {
+      handles[i] = (addresses[i]! - region.hostAddress) / 4096;
+      if (memory.add32(heldWord(handles[i]!), 1) % 2) throw new Error(`frame ${handles[i]} is pinned twice`);
+    }
+  },
+  pinExtent() {
+    throw new Error("nothing is pinned statically here");
+  },
+  release(handles, count) {
+    for (let i = 0; i < count; i++)
+      if (memory.add32(heldWord(handles[i]!), 1) % 2 === 0)
+        throw new Error(`frame ${handles[i]} is released twice`);
+    return count;
+  },
+  kernelPinnedPages: () => null,
+  close() {},
+};
+
+/** Broken: load and store instead of one CAS, microseconds apart. */
+class TornTable extends DmaTrackingTable {
+  override claimForUnpin(unit: Unit): ReturnType<DmaTrackingTable["claimForUnpin"]> {
+    if (memory.load32(unit) >>> 0 !== TU_PINNED) return super.claimForUnpin(unit);
+    for (let i = 0; i < 200; i++) memory.load32(unit);
+    memory.store32(unit, 0);
+    return "claimed";
+  }
+}
+
+const count = counters(TRACKING_COUNTERS, countersBuffer(TRACKING_COUNTERS));
+const tracker = new Tracker({
+  memory,
+  pinner,
+  iommu: new SoftwareIommu(createIommuBuffer(RAM / 4096), monotonicClock),
+  policy: new LruPolicy(),
+  clock: monotonicClock,
+  counters: count,
+  quota: Number.POSITIVE_INFINITY,
+  beforeActivation: "none",
+  openTable: (m: GuestMemory, root: Gpa, levels: number) =>
+    new (orders.twin === "torn-unpin" ? TornTable : DmaTrackingTable)(m, root, levels),
+});
+tracker.setMemory([region]);
+if (!tracker.activate(orders.geometry.root, orders.geometry.levels, true)) throw new Error("bad table");
+
+function serve(): boolean {
+  let served = false;
+  for (let guest = 0; guest < orders.guests; guest++) {
+    const box = mailbox(guest);
+    if (memory.load32(box.state) !== ASKED) continue;
+    const status = tracker.pin([{ gfn: memory.load32(box.gfn), nrFrames: memory.load32(box.frames) }]);
+    memory.store32(box.status, status);
+    memory.store32(box.state, ANSWERED);
+    served = true;
+  }
+  return served;
+}
+
+meet(memory, READY, orders.processes);
+let next = monotonicClock.now();
+while (memory.load32(GONE) < orders.guests) {
+  if (tracker.slice() || serve()) continue;
+  rest();
+  if (monotonicClock.now() < next) continue;
+  next = (monotonicClock.now() + milliseconds(orders.pauseMs)) as Nanoseconds;
+  tracker.startPass();
+}
+const totals: HostTotals = {
+  pinned: count.framesPinned,
+  unpinned: count.framesUnpinned,
+  passes: count.passes,
+};
+console.log(JSON.stringify(totals));
