@@ -38,7 +38,22 @@ test("after close, views are empty and late use fails instead of crashing", () =
   assert.equal(bytes.length, 0);
   assert.equal(bytes[0], undefined);
   assert.throws(() => memory.load16(0));
+  assert.throws(() => memory.peek32(0));
   assert.throws(() => memory.write(0, Uint8Array.of(1)));
+});
+
+test("words beyond 2^31 of one region are reached, and nothing beyond its end", () => {
+  const size = 12 * 2 ** 30;
+  const mapper = new FdMapper();
+  const { hostAddress, bytes } = mapper.map(createMemfd("coiommu-test", size), 0, size);
+  const memory = new GuestMemory([{ gpa: (2 ** 32) as Gpa, size, hostAddress, bytes }]);
+  const last = 2 ** 32 + size - 4;
+  memory.store32(last, 7);
+  assert.deepEqual([memory.load32(last), memory.peek32(last), bytes[size - 4]], [7, 7, 7]);
+  assert.equal(memory.add32(last - 2 ** 32, 1), 0);
+  for (const gpa of [last + 4, last - 1, last - 2])
+    assert.throws(() => memory.peek32(gpa), { code: "ERR_COIOMMU_NOT_GUEST_RAM" }, `${gpa}`);
+  mapper.close();
 });
 
 test("ranges outside the file are refused, and the fd is closed then too", () => {

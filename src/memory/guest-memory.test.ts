@@ -81,6 +81,9 @@ const atomics: readonly [string, 2 | 4, (m: GuestMemory, gpa: number) => unknown
   ["load16", 2, (m, gpa) => m.load16(gpa)],
   ["store16", 2, (m, gpa) => m.store16(gpa, 1)],
   ["load32", 4, (m, gpa) => m.load32(gpa)],
+  ["peek32", 4, (m, gpa) => m.peek32(gpa)],
+  ["store32", 4, (m, gpa) => m.store32(gpa, 1)],
+  ["add32", 4, (m, gpa) => m.add32(gpa, 1)],
   ["or32", 4, (m, gpa) => m.or32(gpa, 1)],
   ["and32", 4, (m, gpa) => m.and32(gpa, 1)],
   ["compareExchange32", 4, (m, gpa) => m.compareExchange32(gpa, 0, 1)],
@@ -104,6 +107,7 @@ test("the word operations are little-endian, and return the value before", () =>
   m.write(LOW, Uint8Array.of(0x78, 0x56, 0x34, 0x92));
   assert.equal(m.load16(LOW), 0x5678);
   assert.equal(m.load32(LOW) >>> 0, 0x9234_5678);
+  assert.equal(m.peek32(LOW) >>> 0, 0x9234_5678);
   assert.equal(m.or32(LOW, 0x8) >>> 0, 0x9234_5678);
   assert.equal(m.and32(LOW, 0x7fff_ffff) >>> 0, 0x9234_5678);
   assert.equal(m.compareExchange32(LOW, 0x1234_5678, 1), 0x1234_5678);
