@@ -29,7 +29,7 @@ interface Report {
 const { positionals, values } = parseArgs({
   allowPositionals: true,
   options: {
-    rounds: { type: "string", default: "15" },
+    rounds: { type: "string", default: "61" },
     json: { type: "string", default: results("hot-path.json") },
     svg: { type: "string", default: results("hot-path.svg") },
   },
@@ -67,7 +67,10 @@ function write(file: string, text: string): void {
 
 function table({ rounds, machine, cases }: Report): string {
   const range = ({ min, median, max }: Spread) => [min, median, max].map((n) => n.toFixed(1)).join(" / ");
-  const rows = new Table({ head: ["", "", "ns per frame", "times C"], style: { head: [], border: [] } });
+  const rows = new Table({
+    head: ["", "", "ns per frame", "times C"],
+    style: { head: [], border: [], compact: true },
+  });
   for (const { what, series } of cases)
     for (const [name, { time, ratio }] of Object.entries(series) as [Name, Series][])
       rows.push([name === "c" ? what : "", NAMES[name], range(time), name === "c" ? "" : range(ratio)]);

@@ -9,7 +9,7 @@ use([BarChart, CustomChart, GridComponent, LegendComponent, TitleComponent, SVGR
 export interface BarPlot {
   readonly title: string;
   readonly subtitle: string;
-  /** Of the value axis. */
+  /** Of the value axis, which is logarithmic. */
   readonly unit: string;
   readonly categories: readonly string[];
   /** A bar per category: the median, with min and max as a whisker, and what is written above it. */
@@ -33,8 +33,13 @@ export function barPlot({ title, subtitle, unit, categories, series }: BarPlot):
       title: { text: title, subtext: subtitle, left: 16, top: 10 },
       legend: { top: 20, right: 40, itemGap: 32, data: series.map((s) => s.name) },
       grid: { left: 64, right: 24, top: 90, bottom: 40 },
-      xAxis: { type: "category", data: [...categories], axisLabel: { fontSize: 13 } },
-      yAxis: { type: "value", name: unit, nameLocation: "middle", nameGap: 40 },
+      xAxis: {
+        type: "category",
+        data: [...categories],
+        axisLabel: { fontSize: 13, interval: 0, width: 180, overflow: "break" },
+      },
+      // One round that was disturbed must not flatten the rest.
+      yAxis: { type: "log", min: 1, name: unit, nameLocation: "middle", nameGap: 40 },
       series: series.flatMap((s, i) => [
         {
           type: "bar",
