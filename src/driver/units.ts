@@ -122,12 +122,12 @@ export class TrackingUnits {
    * ORDERING: an entry is published before the first map, and never changes while the table is in use.
    */
   find(gfn: number): number {
+    if (gfn >= this.#capacity) return NO_UNIT;
     const leaf = this.#leaves[(gfn / LEAF_FRAMES) | 0];
     return leaf ? leaf * FRAME_SIZE + unitOffset(gfn) : this.#walk(gfn);
   }
 
   #walk(gfn: number): number {
-    if (gfn >= this.#capacity) return NO_UNIT;
     let table: number = this.#root;
     for (let level = this.#levels; level > 1; level--) {
       const at = table + entryOffset(gfn, level);

@@ -57,7 +57,7 @@ export class GuestCpu {
     this.process = new Process(`cpu${id}`, guest.parts.turns, () => this.#next(), [new Float64Array(buffer)]);
     this.#on = {
       memory: new SteppedMemory(guest.parts.memory.regions, this.process, {
-        constant: (gpa) => guest.isConstant(gpa),
+        constant: (gpa) => guest.isUpperLevel(gpa),
       }),
       pciFunction: guest.parts.bus.seenBy(this.process),
       cpu: { waitFor: (done, timeout) => this.process.waitFor(done, timeout) },

@@ -76,9 +76,9 @@ export class Guest {
     this.pinOff.end();
   }
 
-  /** The upper levels of a table that is in use: an honest driver changes none of it. */
-  isConstant(gpa: number): boolean {
-    if (!this.places || this.parts.hostile) return false;
+  /** The upper levels of a table that is in use: an honest driver changes none of it, and remembers what it found. */
+  isUpperLevel(gpa: number): boolean {
+    if (!this.places) return false;
     const { root, levels } = this.places.table;
     return levels > 1 && gpa >= root && gpa < root + FRAME_SIZE;
   }

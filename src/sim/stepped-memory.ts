@@ -47,6 +47,10 @@ export class SteppedMemory extends GuestMemory {
     if (this.#turn.enter("load32", gpa)) return this.#turn.result as number;
     return this.#turn.done(super.load32(gpa));
   }
+  override peek32(gpa: number): number {
+    if (this.#turn.enter("peek32", gpa)) return this.#turn.result as number;
+    return this.#turn.done(super.peek32(gpa));
+  }
   override store32(gpa: number, value: number): void {
     if (this.#turn.enter("store32", gpa)) return;
     this.#turn.changed();

@@ -247,7 +247,7 @@ export class World {
         if (lost) this.#kicksLost++;
         return lost;
       },
-      constant: (gpa) => this.#guest.isConstant(gpa),
+      constant: (gpa) => !settings.hostile && this.#guest.isUpperLevel(gpa),
       idleWord: this.#idleWord,
       dies: () => oneIn(settings.backendDies),
       died: () => {
