@@ -1,71 +1,73 @@
 import assert from "node:assert/strict";
 import test from "node:test";
-import { random } from "../../test/support/random.ts";
+import fc from "fast-check";
+import { fails, holds } from "../../test/support/property.ts";
 import { InvariantViolation } from "./errors.ts";
 import { FrameIndex, grown } from "./frame-index.ts";
 
-/** What FrameIndex must do, at its simplest. */
-interface Frames {
-  readonly size: number;
-  readonly capacity: number;
-  find(gfn: number): number;
-  insert(gfn: number): number;
-  remove(gfn: number): number;
-  gfn(id: number): number;
-  clear(): void;
-  [Symbol.iterator](): Iterator<number>;
-}
-
 /** GFNs that crowd: runs, multiples of large powers of two, and the same low 32 bits with other high ones. */
-const universe = [
-  ...Array.from({ length: 64 }, (_, i) => i),
-  ...Array.from({ length: 64 }, (_, i) => i * 2 ** 16),
-  ...Array.from({ length: 64 }, (_, i) => 2 ** 32 * (i + 1) + (i % 3)),
-  ...Array.from({ length: 64 }, (_, i) => 2 ** 40 - 1 - i),
-];
+const crowded = fc.oneof(
+  fc.nat(63),
+  fc.nat(63).map((i) => i * 2 ** 16),
+  fc.nat(63).map((i) => 2 ** 32 * (i + 1) + (i % 3)),
+  fc.nat(63).map((i) => 2 ** 40 - 1 - i),
+);
 
-/** Play `steps` random operations on `frames` and on a Map; returns the first difference. */
-function difference(frames: Frames, seed: number, steps: number): string | undefined {
-  const next = random(seed);
-  const model = new Map<number, number>();
-  for (let step = 0; step < steps; step++) {
-    const gfn = universe[next(universe.length)]!;
-    const at = `seed ${seed}, step ${step}, frame ${gfn}`;
-    const known = model.get(gfn) ?? -1;
-    if (frames.find(gfn) !== known) return `${at}: find`;
-    // Phases in which it fills, and phases in which it empties.
-    const filling = Math.floor(step / 500) % 2 === 0;
-    if (next(4000) === 0) {
-      frames.clear();
-      model.clear();
-    } else if (known < 0 && (filling || next(4) === 0)) {
-      const id = frames.insert(gfn);
-      if (id < 0 || id >= frames.capacity || frames.gfn(id) !== gfn) return `${at}: insert`;
-      if ([...model.values()].includes(id)) return `${at}: insert gave an id that is in use`;
-      model.set(gfn, id);
-    } else if (!filling || next(8) === 0) {
-      if (frames.remove(gfn) !== known) return `${at}: remove`;
-      model.delete(gfn);
-    }
-    if (frames.size !== model.size) return `${at}: size`;
-  }
-  const order = (a: number, b: number) => a - b;
-  const held = [...frames].sort(order);
-  return held.join() === [...model.keys()].sort(order).join() ? undefined : `seed ${seed}: iteration`;
-}
-
-for (let seed = 1; seed <= 20; seed++)
-  test(`a FrameIndex is a Map of stable ids, over 5,000 random operations (seed ${seed})`, () =>
-    assert.equal(difference(new FrameIndex(), seed, 5000), undefined));
-
-test("broken twin: an index that forgets a frame whose low 32 bits are those of another is caught", () => {
-  class Twin extends FrameIndex {
-    override find(gfn: number): number {
-      return super.find(gfn % 2 ** 32);
-    }
-  }
-  assert.match(difference(new Twin(), 1, 5000) ?? "", /: find$/);
+/** A phase in which the index fills, and then may be cleared or empties. */
+const phase = fc.record({
+  inserted: fc.array(crowded, { maxLength: 200, size: "max" }),
+  removed: fc.array(crowded, { maxLength: 200, size: "max" }),
+  cleared: fc.integer({ min: 0, max: 9 }).map((n) => n === 0),
 });
+
+const isMapOfStableIds = (create: () => FrameIndex) =>
+  fc.property(fc.array(phase, { minLength: 1, maxLength: 6, size: "max" }), (phases) => {
+    const frames = create();
+    const model = new Map<number, number>();
+    const agree = () => {
+      for (const [gfn, id] of model) assert.equal(frames.find(gfn), id, `find of a held frame`);
+      assert.equal(frames.size, model.size);
+      assert.deepEqual(new Set(frames), new Set(model.keys()));
+    };
+    for (const { inserted, removed, cleared } of phases) {
+      for (const gfn of inserted) {
+        assert.equal(frames.find(gfn), model.get(gfn) ?? -1, "find");
+        if (model.has(gfn)) continue;
+        const id = frames.insert(gfn);
+        assert.ok(id >= 0 && id < frames.capacity && frames.gfn(id) === gfn, "insert");
+        assert.ok(![...model.values()].includes(id), "insert gave an id that is in use");
+        model.set(gfn, id);
+      }
+      agree();
+      for (const gfn of removed) {
+        assert.equal(frames.remove(gfn), model.get(gfn) ?? -1, "remove");
+        model.delete(gfn);
+      }
+      if (cleared) {
+        frames.clear();
+        model.clear();
+      }
+      agree();
+    }
+  });
+
+holds(
+  "a FrameIndex is a Map of stable ids",
+  isMapOfStableIds(() => new FrameIndex()),
+);
+
+fails(
+  "an index that forgets a frame whose low 32 bits are those of another",
+  isMapOfStableIds(
+    () =>
+      new (class extends FrameIndex {
+        override find(gfn: number): number {
+          return super.find(gfn % 2 ** 32);
+        }
+      })(),
+  ),
+  /find/,
+);
 
 test("100,000 frames are found again, also after every second was removed", () => {
   const frames = new FrameIndex();

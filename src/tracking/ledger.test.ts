@@ -1,37 +1,60 @@
 import assert from "node:assert/strict";
 import test from "node:test";
-import { random } from "../../test/support/random.ts";
+import fc from "fast-check";
+import { fails, holds } from "../../test/support/property.ts";
 import { InvariantViolation } from "../base/errors.ts";
 import type { Gfn } from "../base/units.ts";
 import { Ledger } from "./ledger.ts";
 
 const frame = (gfn: number) => gfn as Gfn;
 
-test("the ledger keeps handle and generation of each frame, over 20,000 random operations", () => {
-  const next = random(11);
-  const ledger = new Ledger();
-  const model = new Map<number, [handle: number, generation: number]>();
-  let peak = 0;
-  for (let i = 0; i < 20_000; i++) {
-    const gfn = next(500) + (next(2) ? 2 ** 33 : 0);
-    const known = model.get(gfn);
-    if (!known) {
-      ledger.add(frame(gfn), i, i % 7);
-      model.set(gfn, [i, i % 7]);
-    } else if (next(2)) {
-      ledger.claim(frame(gfn), i % 5);
-      known[1] = i % 5;
-    } else {
-      assert.equal(ledger.remove(frame(gfn)), known[0]);
-      model.delete(gfn);
-    }
-    peak = Math.max(peak, model.size);
-  }
-  assert.deepEqual([ledger.size, ledger.peak], [model.size, peak]);
-  assert.deepEqual(new Set(ledger.frames()), new Set(model.keys()));
-  for (const [gfn, [handle, generation]] of model)
-    assert.deepEqual([ledger.handle(frame(gfn)), ledger.generation(frame(gfn))], [handle, generation]);
+const change = fc.record({
+  gfn: fc.tuple(fc.nat(60), fc.constantFrom(0, 2 ** 33)).map(([low, high]) => frame(low + high)),
+  what: fc.constantFrom("add or remove", "add or claim"),
+  generation: fc.nat(6),
 });
+
+const keepsHandlesAndGenerations = (create: () => Ledger) =>
+  fc.property(fc.array(change, { maxLength: 400, size: "max" }), (changes) => {
+    const ledger = create();
+    const model = new Map<Gfn, { handle: number; generation: number }>();
+    let peak = 0;
+    changes.forEach(({ gfn, what, generation }, handle) => {
+      const known = model.get(gfn);
+      assert.equal(ledger.has(gfn), known !== undefined);
+      if (!known) {
+        ledger.add(gfn, handle, generation);
+        model.set(gfn, { handle, generation });
+      } else if (what === "add or claim") {
+        ledger.claim(gfn, generation);
+        known.generation = generation;
+      } else {
+        assert.equal(ledger.remove(gfn), known.handle, "handle");
+        model.delete(gfn);
+      }
+      peak = Math.max(peak, model.size);
+    });
+    assert.deepEqual([ledger.size, ledger.peak], [model.size, peak]);
+    assert.deepEqual(new Set(ledger.frames()), new Set(model.keys()));
+    for (const [gfn, { handle, generation }] of model)
+      assert.deepEqual([ledger.handle(gfn), ledger.generation(gfn)], [handle, generation], "generation");
+  });
+
+holds(
+  "the ledger is a Map from frame to handle and generation",
+  keepsHandlesAndGenerations(() => new Ledger()),
+);
+
+fails(
+  "a ledger that claims a frame without remembering for whom",
+  keepsHandlesAndGenerations(
+    () =>
+      new (class extends Ledger {
+        override claim(): void {}
+      })(),
+  ),
+  /generation/,
+);
 
 for (const [what, use] of [
   ["removed", (l: Ledger) => l.remove(frame(2))],
