@@ -33,12 +33,14 @@ export class DriverQueue {
   readonly #layout: QueueLayout;
   readonly #free: number[];
   readonly #chains = new Map<number, number[]>();
-  #available = 0;
-  #seen = 0;
+  #available: number;
+  #seen: number;
 
-  constructor(memory: GuestAccess, layout: QueueLayout) {
+  /** `next`: index of the first entry of both rings to use, as the device's. */
+  constructor(memory: GuestAccess, layout: QueueLayout, next = 0) {
     this.#memory = memory;
     this.#layout = layout;
+    this.#available = this.#seen = next;
     this.#free = Array.from({ length: layout.size }, (_, i) => layout.size - 1 - i);
   }
 
