@@ -25,7 +25,7 @@ export function holds<T>(what: string, property: fc.IProperty<T>, runs = 200): v
     if (!result.failed) return;
     const played = /replayPath="([^"]*)"/.exec(fc.stringify(result.counterexample))?.[1];
     const again = [result.seed, result.counterexamplePath, ...(played ? [played] : [])].join("/");
-    const alone = `REPLAY='${again}' node --test --test-name-pattern='${what}' FILE`;
+    const alone = `REPLAY='${again}' node --test --test-name-pattern='${what.replaceAll("'", ".")}' FILE`;
     throw new Error(`${fc.defaultReportMessage(result)}\nRun it alone: ${alone}`, {
       cause: result.errorInstance,
     });
