@@ -279,3 +279,19 @@ test("a frame whose release was refused is not taken for pinned when other memor
   assert.equal(m.tracker.pin([{ gfn: 4100, nrFrames: 1 }]), OK);
   assert.ok(m.pinner.isPinned(elsewhere + 4100 * 4096), "the page that backs the frame now is pinned");
 });
+
+for (const parked of [false, true])
+  test(`a request that a pin of no frame stands in the way of is served once the host lets go${parked ? ", also while parked" : ""}`, () => {
+    const low = ramRegion(0, RAM_FRAMES);
+    const m = machine({ quota: 2, regions: [low, ramRegion(0x100_0000, 64)] });
+    m.table.unit(4100);
+    m.activate();
+    assert.equal(m.map(5, 4100), OK);
+    m.pinner.releasesMax = 0;
+    m.tracker.setMemory([low]);
+    assert.equal(m.tracker.pinned, 2);
+    m.pinner.releasesMax = Number.POSITIVE_INFINITY;
+    if (parked) m.tracker.park();
+    assert.equal(m.map(6), OK);
+    assert.deepEqual([m.held(5, 6), m.tracker.pinned], [[true, true], 2]);
+  });

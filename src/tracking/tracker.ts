@@ -335,15 +335,15 @@ export class Tracker {
 
   /** Unpin now all that may be: for a request that would not fit. True if anything was unpinned. */
   #unpinAll(): boolean {
-    if (this.parked) return false;
     this.sampleKernel();
-    const before = this.#ledger.size;
+    const before = this.#pins.size;
+    this.#pins.releaseOrphans();
     // The first pass clears A, the second unpins what was idle.
-    for (let pass = 0; pass < 2; pass++) {
+    for (let pass = 0; pass < 2 && !this.parked; pass++) {
       const now = this.#o.clock.now();
       while (this.#slice(now));
     }
-    return this.#ledger.size < before;
+    return this.#pins.size < before;
   }
 
   // --- pins without a table --------------------------------------------------------------------------------------
