@@ -78,7 +78,10 @@ export class FrontEnd {
     const fds: number[] = [];
     for (let done = 0; done < size; ) {
       const first = this.#inbox[0];
-      if (!first) throw new PeerGone("no more messages");
+      if (!first) {
+        fds.forEach((fd) => void this.ports.fds.close(fd)); // as host/socket.ts does
+        throw new PeerGone("no more messages");
+      }
       fds.push(...first.fds.splice(0));
       const part = first.bytes.subarray(0, size - done);
       bytes.set(part, done);
@@ -87,6 +90,11 @@ export class FrontEnd {
       if (first.bytes.length === 0) this.#inbox.shift();
     }
     return { bytes, fds };
+  }
+
+  /** fds that came with bytes which the back-end has not received. */
+  get unread(): number {
+    return this.#inbox.reduce((sum, message) => sum + message.fds.length, 0);
   }
 
   newFd(): number {

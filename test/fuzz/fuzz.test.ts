@@ -1,0 +1,78 @@
+import assert from "node:assert/strict";
+import test from "node:test";
+import { FRAME_SIZE, type Gfn } from "../../src/base/units.ts";
+import { GuestMemory } from "../../src/memory/guest-memory.ts";
+import { DmaTrackingTable, type Unit } from "../../src/tracking/dtt.ts";
+import { SoftwareIommu } from "../../src/tracking/software-iommu.ts";
+import { HOST_BASE } from "../support/guest.ts";
+import { corpusOf } from "./corpus.ts";
+import type { DeviceParts } from "./device.ts";
+import { fuzz, type Target } from "./fuzzer.ts";
+import { mpqemuTarget } from "./mpqemu.ts";
+import { deviceTarget, targets } from "./targets.ts";
+import { vhostUserTarget } from "./vhost-user.ts";
+
+const SECONDS = 3;
+const seed = Math.floor(Math.random() * 2 ** 31);
+
+for (const target of targets)
+  test(`${target.name}: nothing is wrong with the corpus, nor with what ${SECONDS} s make of it`, () => {
+    const { finding, inputs } = fuzz(target, { seconds: SECONDS, seed, corpus: corpusOf(target.name) });
+    const hex = Buffer.from(finding?.input ?? []).toString("hex");
+    assert.equal(finding, undefined, `seed ${seed}: ${hex}: ${finding?.error.stack}`);
+    assert.ok(inputs > corpusOf(target.name).length);
+  });
+
+// --- broken twins --------------------------------------------------------------
+
+/** Takes 16 frames behind the driver's memory for RAM. */
+class Credulous extends GuestMemory {
+  override find(gpa: number, length: number) {
+    const real = super.find(gpa, length);
+    return real ?? (gpa + length <= 32 * FRAME_SIZE ? this.regions[0] : undefined);
+  }
+  override hostAddress(gpa: number): number {
+    return HOST_BASE + gpa;
+  }
+}
+
+class NeverRevokes extends SoftwareIommu {
+  override revoke(_gfn: Gfn): void {}
+}
+
+class KeepsP extends DmaTrackingTable {
+  override claimForUnpin(unit: Unit): ReturnType<DmaTrackingTable["claimForUnpin"]> {
+    const outcome = super.claimForUnpin(unit);
+    if (outcome === "claimed") this.setPinned(unit);
+    return outcome;
+  }
+}
+
+const device = (parts: DeviceParts) => deviceTarget(parts);
+const twins: [what: string, target: Target, message: RegExp][] = [
+  ["a device that pins what is not RAM", device({ memory: Credulous }), /which is not guest RAM/],
+  [
+    "a device without a quota",
+    device({ tracker: { quota: Number.POSITIVE_INFINITY } }),
+    /than the quota allows/,
+  ],
+  [
+    "a device that leaves what it unpins in the IOMMU",
+    device({ iommu: NeverRevokes }),
+    /which the host has not pinned|is not RAM/,
+  ],
+  [
+    "a device that leaves P set when it unpins",
+    device({ tracker: { openTable: (...a) => new KeepsP(...a) } }),
+    /has P/,
+  ],
+  ["an mpqemu server that closes one fd of a message", mpqemuTarget(true), /an fd is left open/],
+  ["a vhost-user session that keeps its fds", vhostUserTarget(true), /an fd is left open/],
+];
+for (const [what, target, message] of twins)
+  test(`broken twin: ${what} is found from nothing, and the input made small`, () => {
+    const { finding, inputs } = fuzz(target, { seconds: 30, seed: 1, corpus: [] });
+    assert.ok(finding, `not found in ${inputs} inputs`);
+    assert.match(finding.error.message, message);
+    assert.ok(finding.input.length < 80, `${finding.input.length} bytes`);
+  });
