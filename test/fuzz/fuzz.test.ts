@@ -11,16 +11,20 @@ import { fuzz, type Target } from "./fuzzer.ts";
 import { mpqemuTarget } from "./mpqemu.ts";
 import { deviceTarget, targets } from "./targets.ts";
 import { vhostUserTarget } from "./vhost-user.ts";
+import { watched } from "./watchdog.ts";
 
 const SECONDS = 3;
 const seed = Math.floor(Math.random() * 2 ** 31);
 
 for (const target of targets)
-  test(`${target.name}: nothing is wrong with the corpus, nor with what ${SECONDS} s make of it`, () => {
-    const { finding, inputs } = fuzz(target, { seconds: SECONDS, seed, corpus: corpusOf(target.name) });
+  test(`${target.name}: nothing is wrong with the corpus, nor with what ${SECONDS} s make of it`, async () => {
+    const corpus = corpusOf(target.name);
+    const safe = await watched(target);
+    const { finding, inputs } = fuzz(safe, { seconds: SECONDS, seed, corpus });
+    safe.close();
     const hex = Buffer.from(finding?.input ?? []).toString("hex");
     assert.equal(finding, undefined, `seed ${seed}: ${hex}: ${finding?.error.stack}`);
-    assert.ok(inputs > corpusOf(target.name).length);
+    assert.ok(inputs > corpus.length);
   });
 
 // --- broken twins --------------------------------------------------------------

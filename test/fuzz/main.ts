@@ -8,6 +8,7 @@ import { parseArgs } from "node:util";
 import { corpusOf, save } from "./corpus.ts";
 import { failureOf, fuzz, type Target } from "./fuzzer.ts";
 import { targets } from "./targets.ts";
+import { watched } from "./watchdog.ts";
 
 const { values } = parseArgs({
   options: {
@@ -28,14 +29,16 @@ function runOne(target: Target, input: Uint8Array): void {
   if (error) process.exitCode = 1;
 }
 
-function fuzzOne(target: Target, seconds: number, seed: number): void {
+async function fuzzOne(target: Target, seconds: number, seed: number): Promise<void> {
   const corpus = corpusOf(target.name);
   const known = new Set(corpus);
   const grown: [Uint8Array, readonly string[]][] = [];
   const onFresh = (input: Uint8Array, fresh: readonly string[]) => {
     if (!known.has(input)) grown.push([input, fresh]);
   };
-  const { inputs, blocks, finding } = fuzz(target, { seconds, seed, corpus, onFresh });
+  const watchedTarget = await watched(target);
+  const { inputs, blocks, finding } = fuzz(watchedTarget, { seconds, seed, corpus, onFresh });
+  watchedTarget.close();
   console.log(`${target.name}: ${inputs} inputs, ${blocks} blocks of src/ reached, seed ${seed}`);
   if (values.grow && !finding) for (const found of grown) console.log(`  ${save(target, ...found)}`);
   if (!finding) return;
@@ -48,5 +51,5 @@ function fuzzOne(target: Target, seconds: number, seed: number): void {
 if (values.run !== undefined) runOne(chosen[0]!, readFileSync(values.run === "-" ? 0 : values.run));
 else {
   const seed = Number(values.seed ?? Math.floor(Math.random() * 2 ** 31));
-  for (const target of chosen) fuzzOne(target, Number(values.seconds) / chosen.length, seed);
+  for (const target of chosen) await fuzzOne(target, Number(values.seconds) / chosen.length, seed);
 }
