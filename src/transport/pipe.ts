@@ -105,7 +105,9 @@ export class PipeServer {
 
   /** Serve one record; undefined at the end of the stream. */
   serve(): Served | undefined {
-    const opcode = PIPE_OPCODES[(this.#p.read(1)?.[0] ?? 0) % PIPE_OPCODES.length]!;
+    const code = this.#p.read(1);
+    if (!code) return undefined;
+    const opcode = PIPE_OPCODES[code[0]! % PIPE_OPCODES.length]!;
     const raw = this.#p.read(PIPE_RECORDS[opcode].size);
     if (!raw) return undefined;
     const operands = PIPE_RECORDS[opcode].read(raw);
