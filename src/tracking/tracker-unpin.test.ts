@@ -3,7 +3,7 @@ import test from "node:test";
 import { active, idle } from "../../test/support/machine.ts";
 import { LruPolicy } from "../policy/lru.ts";
 import { TU_ACCESSED as A, TU_PINNED as P } from "../wire/dtt.ts";
-import { VIRTIO_IOMMU_S_OK as OK } from "../wire/virtio-iommu.ts";
+import { VIRTIO_IOMMU_S_NOMEM as NOMEM, VIRTIO_IOMMU_S_OK as OK } from "../wire/virtio-iommu.ts";
 
 const frames = (first: number, count: number) => Array.from({ length: count }, (_, i) => first + i);
 
@@ -222,4 +222,25 @@ test("the kernel's count is sampled before a pass, where it is highest", () => {
   m.pass();
   m.pass();
   assert.deepEqual([m.counters.kernelPagesPeak, m.pinner.pages.size], [10, 0]);
+});
+
+test("a request that needs room during a pass does not count mapped frames twice", () => {
+  const m = active({ quota: 4 });
+  assert.equal(m.map(1, 2, 3), 0);
+  m.tracker.startPass();
+  assert.equal(m.tracker.slice(), true);
+  assert.equal(m.map(4, 5), NOMEM);
+  assert.equal(m.tracker.slice(), false);
+  assert.equal(m.counters.framesMapped, 3);
+});
+
+test("a pass that is parked on its way does not say how many frames are mapped", () => {
+  const m = active();
+  assert.equal(m.map(1, 2, 3), 0);
+  m.pass();
+  m.unmap(1);
+  m.tracker.startPass();
+  m.tracker.park();
+  assert.equal(m.tracker.slice(), false);
+  assert.equal(m.counters.framesMapped, 3);
 });

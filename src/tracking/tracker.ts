@@ -289,7 +289,7 @@ export class Tracker {
     const more = !this.parked && this.#slice(this.#passAt);
     if (!more) {
       this.#passAt = undefined;
-      this.#o.counters.framesMapped = this.#passMapped;
+      if (!this.parked) this.#o.counters.framesMapped = this.#passMapped;
     }
     this.#changed();
     return more;
@@ -341,6 +341,8 @@ export class Tracker {
     // The first pass clears A, the second unpins what was idle.
     for (let pass = 0; pass < 2 && !this.parked; pass++) {
       const now = this.#o.clock.now();
+      // A pass that is under way finds nothing more to try, and ends with what this one counts.
+      this.#passMapped = 0;
       while (this.#slice(now));
     }
     return this.#pins.size < before;
