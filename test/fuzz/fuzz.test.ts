@@ -63,7 +63,7 @@ const twins: [what: string, target: Target, message: RegExp][] = [
   [
     "a device that leaves what it unpins in the IOMMU",
     device({ iommu: NeverRevokes }),
-    /which the host has not pinned|is not RAM/,
+    /the host has not pinned|is not RAM|pins of no frame/,
   ],
   [
     "a device that leaves P set when it unpins",

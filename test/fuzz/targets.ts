@@ -1,6 +1,8 @@
 import { FRAME_SIZE } from "../../src/base/units.ts";
+import { PIPE_ENDPOINT } from "../../src/transport/pipe.ts";
 import { PIPE_OPCODES, PIPE_RECORDS, type PipeOpcode, PipeRange, pipeTail } from "../../src/wire/pipe.ts";
 import { type Fields, putUint, type Struct } from "../../src/wire/struct.ts";
+import { PinRange, ReqPin, VIRTIO_IOMMU_T_PIN } from "../../src/wire/virtio-iommu.ts";
 import { BLOCK_FRAMES, BLOCKS, type DeviceParts, fuzzDevice } from "./device.ts";
 import type { Next, Target } from "./fuzzer.ts";
 import { mpqemuTarget } from "./mpqemu.ts";
@@ -16,6 +18,10 @@ const OPERANDS: Record<string, (next: Next) => number> = {
   endpoint: () => 0,
   nrFrames: (next) => (next(2) ? 1 : 1 + next(BLOCK_FRAMES)),
   count: (next) => 1 + next(3),
+  index: (next) => next(4),
+  next: (next) => next(4),
+  head: (next) => next(4),
+  addr: (next) => FRAME_SIZE * next(48),
 };
 const anything = (next: Next): number =>
   [next(4), next(4), 32 * next(8), next(256), 255, next(2 ** 16)][next(6)]!;
@@ -37,6 +43,20 @@ function record(next: Next, opcode: PipeOpcode = PIPE_OPCODES[next(PIPE_OPCODES.
   return Uint8Array.of(PIPE_OPCODES.indexOf(opcode), ...operands, ...tail);
 }
 
+/** A PIN request that is wrong in a place or two, as bytes. */
+function almostPin(next: Next): Uint8Array {
+  const ranges = next(4);
+  const head = { type: VIRTIO_IOMMU_T_PIN, endpoint: PIPE_ENDPOINT, nrRanges: ranges };
+  const whole = ReqPin.encode(head, PinRange.size * ranges);
+  for (let i = 0; i < ranges; i++) {
+    const range = { gfn: OPERANDS.gfn!(next), nrFrames: 1 };
+    PinRange.write(whole, range, ReqPin.size + i * PinRange.size);
+  }
+  if (next(2)) whole[next(whole.length)] = anything(next);
+  const request = next(2) ? whole.subarray(0, next(whole.length + 1)) : whole;
+  return Uint8Array.of(PIPE_OPCODES.indexOf("send"), 0, 4, next(2) * next(20), request.length, ...request);
+}
+
 /** Records of a guest in its right mind. The others mostly end in a ring or a table that is no longer one. */
 const SOUND: readonly PipeOpcode[] = [
   "map",
@@ -52,7 +72,8 @@ const SOUND: readonly PipeOpcode[] = [
 function piece(next: Next): Uint8Array {
   const kind = next(8);
   if (kind === 0) return Uint8Array.of(...record(next, "start"), ...record(next, "pinOn"));
-  return kind < 5 ? record(next, SOUND[next(SOUND.length)]) : record(next);
+  if (kind === 1) return almostPin(next);
+  return kind < 6 ? record(next, SOUND[next(SOUND.length)]) : record(next);
 }
 
 /** Where records begin, and where the last one ends. The first byte is the device's options. */
