@@ -1,6 +1,6 @@
 /** Inputs that are kept: corpus/TARGET/NAME, named after the code that each was the first to reach. */
 import { existsSync, mkdirSync, readdirSync, readFileSync, writeFileSync } from "node:fs";
-import { Coverage } from "./coverage.ts";
+import { takeCoverage } from "./coverage.ts";
 import { minimized, type Target } from "./fuzzer.ts";
 
 const directory = (target: string) => new URL(`corpus/${target}/`, import.meta.url);
@@ -26,13 +26,11 @@ function mostTelling(blocks: readonly string[]): string {
 /** Keep `input`, made as small as it gets while it reaches the most telling of `blocks`. Returns the file's name. */
 export function save(target: Target, input: Uint8Array, blocks: readonly string[]): string {
   const block = mostTelling(blocks);
-  const coverage = new Coverage();
   const small = minimized(target, input, (candidate) => {
-    coverage.take();
+    takeCoverage();
     target.run(candidate);
-    return coverage.take().includes(block);
+    return takeCoverage().includes(block);
   });
-  coverage.close();
   const [file, fn] = block.split(" ") as [string, string];
   const name = `${file.split("/").at(-1)}-${fn.replaceAll(/\W/g, "") || "callback"}`;
   mkdirSync(directory(target.name), { recursive: true });
