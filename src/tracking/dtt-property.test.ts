@@ -128,7 +128,7 @@ const without = (word: number, bit: number) => (word & ~bit) >>> 0;
 
 /** abi.md section 2, "Host unpin" and "Host ageing": the outcome, and the word after. */
 function modelClaim(word: number): [outcome: string, word: number] {
-  if (!has(word, P)) return ["not-pinned", word];
+  if (!has(word, P)) return [has(word, 0xffff) ? "mapped" : "not-pinned", word];
   if (word === P || word === P + D) return ["claimed", word - P];
   return [word & 0xffff ? "mapped" : "accessed", without(word, A)];
 }

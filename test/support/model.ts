@@ -2,7 +2,7 @@
  * What docs/abi.md and ADR 4 say about pins, as plain sets and numbers: nothing here is taken from src/. Frames of
  * guest RAM come in blocks, of which the VMM's memory map may hide some or put other memory behind them.
  */
-const [D, A, P] = [0x1000_0000, 0x4000_0000, 0x8000_0000];
+const [COUNT, D, A, P] = [0xffff, 0x1000_0000, 0x4000_0000, 0x8000_0000];
 const has = (word: number, bit: number) => (word & bit) !== 0;
 
 export interface Block {
@@ -128,9 +128,9 @@ export class HostModel {
       // "PIN on without COMPLETE: pin on request, but unpin only frames that this table once claimed."
       if (!ours && !this.complete) continue;
       const word = this.word(gfn);
-      // ADR 4.5: without P, a frame goes if this table never claimed it.
+      // ADR 4.5: without P and COUNT, a frame goes if this table never claimed it.
       if (word === undefined || !has(word, P)) {
-        if (!ours && this.#letsGo) this.pins.delete(gfn);
+        if (!ours && !has(word ?? 0, COUNT) && this.#letsGo) this.pins.delete(gfn);
         continue;
       }
       if (word !== P && word !== P + D) {
@@ -190,12 +190,12 @@ export class HostModel {
     this.#releaseOrphans();
   }
 
-  /** abi.md section 4: "with `bios`: the low 1 MiB". All of it, or nothing when the host refuses. */
+  /** abi.md section 4: "with `bios`: the low 1 MiB", as far as the quota goes; nothing when the host refuses. */
   #pinFirmwareWindow(): void {
     if (!this.bios || !this.undecided) return;
-    const missing = Array.from({ length: 256 }, (_, gfn) => gfn).filter(
-      (g) => this.isRam(g) && !this.pins.has(g),
-    );
+    const missing = Array.from({ length: 256 }, (_, gfn) => gfn)
+      .filter((g) => this.isRam(g) && !this.pins.has(g))
+      .slice(0, Math.max(0, this.quota - this.pages));
     if (this.pages + missing.length <= this.pagesMax) for (const gfn of missing) this.pins.set(gfn, 0);
   }
 
