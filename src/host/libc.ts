@@ -4,18 +4,56 @@
  * Memory that the kernel fills or keeps is over an explicit ArrayBuffer: V8 never moves such a backing store, and
  * the class that owns it keeps it alive. Addresses are BigInt here, numbers (< 2^47) above.
  */
+import { createRequire } from "node:module";
 import os from "node:os";
-import koffi from "koffi";
-import { type Errno, HostError } from "../base/errors.ts";
+import type koffiModule from "koffi";
+import { type Errno, HostError, UserError } from "../base/errors.ts";
 
-const library = koffi.load(null);
-const bind = <F>(prototype: string) => library.func(prototype) as unknown as F;
+let loaded: typeof koffiModule | undefined;
+
+/** Loaded when first used: what makes no system call of its own runs where the native module does not. */
+function koffi(): typeof koffiModule {
+  try {
+    loaded ??= createRequire(import.meta.url)("koffi") as typeof koffiModule;
+  } catch (error) {
+    const [reason] = (error as Error).message.split("\n");
+    throw new UserError(`the native module koffi does not load on this machine: ${reason}`, 1);
+  }
+  return loaded;
+}
+
+/** Why system calls cannot be made here, as a clause for a person; undefined when they can. */
+export function nativeUnavailable(): string | undefined {
+  try {
+    koffi();
+    return undefined;
+  } catch (error) {
+    if (!(error instanceof UserError)) throw error;
+    return error.message;
+  }
+}
+
+const bind = <F>(prototype: string) => prototype as unknown as F;
+
+/** Each function is bound when it is first read. */
+function lazily<T extends object>(prototypes: T): T {
+  for (const [name, prototype] of Object.entries(prototypes))
+    Object.defineProperty(prototypes, name, {
+      configurable: true,
+      get() {
+        const value = koffi().load(null).func(prototype);
+        Object.defineProperty(prototypes, name, { value });
+        return value;
+      },
+    });
+  return prototypes;
+}
 
 type Bytes = Uint8Array | Uint32Array | Int32Array | BigUint64Array;
 type FdCall = (fd: number, bytes: Bytes, count: number) => number;
 
 /** All return -1 on failure, mmap MAP_FAILED; `lastErrno` says why until the next call. */
-export const libc = {
+export const libc = lazily({
   read: bind<FdCall>("int64_t read(int, void *, size_t)"),
   write: bind<FdCall>("int64_t write(int, void *, size_t)"),
   close: bind<(fd: number) => number>("int close(int)"),
@@ -45,7 +83,7 @@ export const libc = {
   ioUringRegister: bind<
     (number: number, fd: number, opcode: number, argument: Uint32Array | null, count: number) => number
   >("long syscall(long, int, uint, void *, uint)"),
-};
+});
 
 export const MAP_FAILED = 2n ** 64n - 1n;
 
@@ -55,7 +93,7 @@ for (const [name, number] of Object.entries(os.constants.errno))
   if (!errnoNames.has(number)) errnoNames.set(number, name);
 
 export function lastErrno(): Errno {
-  const number = koffi.errno();
+  const number = koffi().errno();
   return errnoNames.get(number) ?? `errno ${number}`;
 }
 
@@ -76,7 +114,7 @@ export function closeFd(fd: number): void {
 }
 
 /** Address of a buffer's first byte; stable while the buffer is alive (see above). */
-export const addressOf = (bytes: Bytes): number => Number(koffi.address(bytes));
+export const addressOf = (bytes: Bytes): number => Number(koffi().address(bytes));
 
 /** Store a pointer as two 32-bit words, little-endian. */
 export function setPointer(at: Uint32Array, word: number, address: number): void {
@@ -85,4 +123,4 @@ export function setPointer(at: Uint32Array, word: number, address: number): void
 }
 
 /** `length` bytes of mapped memory. The caller detaches it before it unmaps them. */
-export const viewOf = (address: bigint, length: number): ArrayBuffer => koffi.view(address, length);
+export const viewOf = (address: bigint, length: number): ArrayBuffer => koffi().view(address, length);
