@@ -1,10 +1,9 @@
 import { Command } from "commander";
 import { UserError } from "../base/errors.ts";
-import type { Strategy } from "../control/backend.ts";
+import type { Strategy } from "../control/host-side.ts";
 import type { CompareResult, RunResult } from "../control/result.ts";
-import { run } from "../control/run.ts";
-import { ensureGuest } from "../machine/qemu/guest.ts";
-import { addMachineOptions, type MachineOptions, runOptions, STRATEGIES } from "./machine-options.ts";
+import { prepareMachine } from "./machine-choice.ts";
+import { addMachineOptions, type MachineOptions, STRATEGIES } from "./machine-options.ts";
 import { table, writeJson } from "./output.ts";
 import { Progress } from "./progress.ts";
 import { parseCount, parseListOf } from "./units.ts";
@@ -25,16 +24,13 @@ export const compareCommand = (): Command =>
       throw new UserError("--workload shell: a person cannot be compared; give it to `coiommu run`");
     const progress = new Progress();
     try {
-      const guest = await ensureGuest(progress.step);
+      const runUnder = await prepareMachine(options, progress);
       const runs: RunResult[] = [];
       const complaints: string[] = [];
       const total = options.rounds * options.strategies.length;
       for (const strategy of alternating(options.strategies, options.rounds)) {
         progress.prefix(`[${runs.length + 1}/${total}] ${strategy}: `);
-        const { result, complaints: met } = await run(
-          runOptions(options, guest, strategy, progress.warn),
-          progress.step,
-        );
+        const { result, complaints: met } = await runUnder(strategy);
         runs.push(result);
         complaints.push(...met.map((text) => `${strategy}: ${text}`));
       }

@@ -1,11 +1,8 @@
 import { type Command, Option } from "commander";
-import { UserError } from "../base/errors.ts";
 import type { Nanoseconds } from "../base/units.ts";
-import type { PinnerName, Strategy } from "../control/backend.ts";
+import type { PinnerName, Strategy } from "../control/host-side.ts";
 import type { RunOptions } from "../control/run.ts";
 import { parseWorkload, type Workload } from "../control/workload.ts";
-import { IoUringPinner } from "../host/io-uring-pinner.ts";
-import type { Guest } from "../machine/qemu/guest.ts";
 import { createPolicy } from "../policy/registry.ts";
 import {
   parseCount,
@@ -90,34 +87,21 @@ export function addMachineOptions(command: Command): Command {
 
 const checkedPolicy = (text: string): string => createPolicy(text) && text;
 
-export function runOptions(
+/** What `run` and `compare` ask for, for one run; what pins depends on the machine. */
+export const runOptions = (
   options: MachineOptions,
-  guest: Guest,
   strategy: Strategy,
+  pinner: PinnerName,
   warn: (text: string) => void,
-): RunOptions {
-  return {
-    guest,
-    strategy,
-    memoryMiB: options.memory,
-    cpus: options.cpus,
-    accel: options.accel,
-    policy: options.policy,
-    interval: options.interval,
-    quota: quotaFrames(options.quota, options.memory),
-    pinner: choosePinner(options.pinner, warn),
-    workload: options.workload,
-    disk: { sizeMiB: options.diskSize, ...(options.disk !== undefined && { file: options.disk }) },
-    onWarning: warn,
-    ...(options.workload.name === "shell" && { shell: true }),
-  };
-}
-
-function choosePinner(name: MachineOptions["pinner"], warn: (text: string) => void): PinnerName {
-  if (name === "software") return name;
-  const reason = IoUringPinner.unavailable();
-  if (reason === undefined) return "io_uring";
-  if (name === "io_uring") throw new UserError(`--pinner io_uring: ${reason}`, 1);
-  warn(`--pinner auto takes "software", which pins nothing in the kernel: ${reason}`);
-  return "software";
-}
+): RunOptions => ({
+  strategy,
+  pinner,
+  memoryMiB: options.memory,
+  cpus: options.cpus,
+  policy: options.policy,
+  interval: options.interval,
+  quota: quotaFrames(options.quota, options.memory),
+  workload: options.workload,
+  disk: { sizeMiB: options.diskSize, ...(options.disk !== undefined && { file: options.disk }) },
+  onWarning: warn,
+});

@@ -20,10 +20,13 @@ export class Progress {
     else this.#spinner.start(line);
   };
 
-  warn = (text: string): void => {
+  warn = (text: string): void => this.note(`coiommu: warning: ${text}`);
+
+  /** A line that stays. */
+  note = (line: string): void => {
     const spinning = this.#spinner?.isSpinning;
     this.#spinner?.stop();
-    process.stderr.write(`coiommu: warning: ${text}\n`);
+    process.stderr.write(`${line}\n`);
     if (spinning) this.#spinner?.start(this.#last);
   };
 

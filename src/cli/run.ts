@@ -1,9 +1,8 @@
 import { Command } from "commander";
 import { UserError } from "../base/errors.ts";
-import type { Strategy } from "../control/backend.ts";
-import { run } from "../control/run.ts";
-import { ensureGuest } from "../machine/qemu/guest.ts";
-import { addMachineOptions, type MachineOptions, runOptions, STRATEGIES } from "./machine-options.ts";
+import type { Strategy } from "../control/host-side.ts";
+import { prepareMachine } from "./machine-choice.ts";
+import { addMachineOptions, type MachineOptions, STRATEGIES } from "./machine-options.ts";
 import { table, writeJson } from "./output.ts";
 import { Progress } from "./progress.ts";
 import { parseOneOf } from "./units.ts";
@@ -21,12 +20,8 @@ export const runCommand = (): Command =>
   ).action(async (options: MachineOptions & { strategy: Strategy }) => {
     const progress = new Progress();
     try {
-      const guest = await ensureGuest(progress.step);
-      const settings = runOptions(options, guest, options.strategy, progress.warn);
-      const { result, complaints } = await run(
-        settings,
-        settings.shell ? () => progress.stop() : progress.step,
-      );
+      const runUnder = await prepareMachine(options, progress);
+      const { result, complaints } = await runUnder(options.strategy);
       progress.stop();
       if (options.json !== "-") process.stdout.write(`${table([result])}\n`);
       writeJson(options.json, result);

@@ -1,5 +1,6 @@
 import { type Errno, PeerGone } from "../base/errors.ts";
-import { type BlockStore, FileStore, MemoryStore } from "../device/block-store.ts";
+import { type Bdf, parseBdf } from "../base/units.ts";
+import { type BlockStore, openStore, type StoreOptions } from "../device/block-store.ts";
 import { DEVICE_COUNTERS } from "../device/counters.ts";
 import { type Disk, serveDisk } from "../device/disk.ts";
 import { drainFd, signalFd } from "../host/eventfd.ts";
@@ -7,23 +8,22 @@ import { closeFd } from "../host/libc.ts";
 import { FdMapper } from "../host/mapping.ts";
 import { Reactor } from "../host/reactor.ts";
 import { UnixSocket } from "../host/socket.ts";
+import { CommandServer, type WorkerBase } from "../machine/commands.ts";
 import { counters } from "../memory/counters.ts";
 import { DeviceGate } from "../tracking/software-iommu.ts";
-import { CommandServer, type WorkerBase } from "./commands.ts";
 
-/** The assigned disk's backing: a raw image, or memory of `sizeMiB`. */
-export interface DiskOptions {
-  readonly file?: string;
-  readonly sizeMiB: number;
-}
+/** Where the guest finds it: after our virtio-iommu. */
+export const DISK_SLOT = 4;
+export const DISK_BDF = parseBdf("00:04.0") as Bdf;
 
 export interface DiskData {
+  readonly wakeFd: number;
   /** Our end of the vhost-user socket pair. */
   readonly socketFd: number;
   readonly touchFd: number;
   readonly iommu: SharedArrayBuffer;
   readonly counters: SharedArrayBuffer;
-  readonly disk: DiskOptions;
+  readonly disk: StoreOptions;
 }
 
 /** Answer to "stop". */
@@ -43,9 +43,13 @@ export class DiskThread {
 
   constructor(data: DiskData & WorkerBase) {
     this.#data = data;
-    this.#commands = new CommandServer(data, this.#reactor, {
+    this.#commands = new CommandServer(data, {
       open: () => this.#open(),
       stop: () => this.#stop(),
+    });
+    this.#reactor.watch(data.wakeFd, () => {
+      drainFd(data.wakeFd);
+      this.#commands.serve();
     });
   }
 
@@ -56,8 +60,7 @@ export class DiskThread {
   /** Throws UserError when the image cannot be used. */
   #open(): void {
     const { socketFd, touchFd, iommu, disk } = this.#data;
-    this.#store =
-      disk.file === undefined ? new MemoryStore((disk.sizeMiB * 2 ** 20) / 512) : new FileStore(disk.file);
+    this.#store = openStore(disk);
     this.#disk = serveDisk({
       ports: {
         socket: new UnixSocket(socketFd),

@@ -2,8 +2,8 @@ import { UserError } from "../base/errors.ts";
 import { formatBdf } from "../base/units.ts";
 import type { GuestAgent } from "../machine/qemu/agent.ts";
 import type { Guest } from "../machine/qemu/guest.ts";
-import type { Strategy } from "./backend.ts";
-import { DISK_BDF } from "./vm.ts";
+import { DISK_BDF } from "./disk.ts";
+import type { Strategy } from "./host-side.ts";
 
 /** What is done inside the guest, beside the workload. */
 
@@ -35,9 +35,9 @@ export async function unbindDisk(agent: GuestAgent): Promise<void> {
 }
 
 /** The module's counters, by name. */
-export type DriverCounters = Readonly<Record<string, number>>;
+export type ModuleCounters = Readonly<Record<string, number>>;
 
-const parseCounters = (text: string): DriverCounters =>
+const parseCounters = (text: string): ModuleCounters =>
   Object.fromEntries(
     text
       .split("\n")
@@ -47,7 +47,7 @@ const parseCounters = (text: string): DriverCounters =>
   );
 
 /** Counters, and what a survey of the table finds (live_frames, live_refs, …). */
-export async function readCounters(agent: GuestAgent): Promise<DriverCounters> {
+export async function readCounters(agent: GuestAgent): Promise<ModuleCounters> {
   return parseCounters(
     await demand(agent, `cat ${DEBUGFS}/counters ${DEBUGFS}/table`, "reading the driver's counters"),
   );
@@ -57,7 +57,7 @@ export async function readCounters(agent: GuestAgent): Promise<DriverCounters> {
  * The counters when a workload that starts now has run for a second; empty without the module, but then as much work
  * for the guest, so that strategies are disturbed alike.
  */
-export async function countersAfterOneSecond(agent: GuestAgent): Promise<DriverCounters> {
+export async function countersAfterOneSecond(agent: GuestAgent): Promise<ModuleCounters> {
   const script = `sleep 1; cat ${DEBUGFS}/counters 2>/dev/null || true`;
   return parseCounters(await demand(agent, script, "reading the driver's counters"));
 }

@@ -1,5 +1,5 @@
 import os from "node:os";
-import type { Strategy } from "./backend.ts";
+import type { Strategy } from "./host-side.ts";
 
 /** `coiommu run --json`: one object per run. A field that a strategy does not have is null, never 0. */
 export interface RunResult {
@@ -9,14 +9,14 @@ export interface RunResult {
     readonly memoryMiB: number;
     readonly kernel: string;
     readonly node: string;
-    readonly qemu: string;
-    readonly accel: string;
+    readonly qemu: string | null;
+    readonly accel: string | null;
   };
   readonly guest: {
-    readonly machine: "qemu";
+    readonly machine: "qemu" | "embedded";
     readonly memoryMiB: number;
     readonly cpus: number;
-    readonly kernel: string;
+    readonly kernel: string | null;
   };
   readonly strategy: Strategy;
   readonly policy: string | null;
@@ -53,7 +53,7 @@ export interface RunResult {
     readonly quotaFrames: number | null;
   };
   readonly kernel: { readonly pinnedPagesPeak: number | null; readonly source: "VmPin" | "VmLck" | "none" };
-  /** Counted by the assigned disk. */
+  /** Counted by the assigned devices. */
   readonly dma: { readonly transfers: number; readonly bytes: number; readonly faults: number };
   /** `mapped` is what the last unpin pass saw; null without one. */
   readonly samples: readonly {
@@ -82,7 +82,7 @@ export interface CompareResult {
   readonly runs: readonly RunResult[];
 }
 
-export const describeHost = (qemu: string, accel: string): RunResult["host"] => ({
+export const describeHost = (qemu: string | null, accel: string | null): RunResult["host"] => ({
   cpus: os.cpus().length,
   memoryMiB: Math.round(os.totalmem() / 2 ** 20),
   kernel: os.release(),

@@ -1,76 +1,73 @@
 import { setTimeout as sleep } from "node:timers/promises";
 import { UserError } from "../base/errors.ts";
-import { type Bdf, FRAME_SIZE, type Nanoseconds, parseBdf } from "../base/units.ts";
+import { FRAME_SIZE } from "../base/units.ts";
 import { DEVICE_COUNTERS, type DeviceCounters } from "../device/counters.ts";
+import { monotonicClock } from "../host/clock.ts";
 import { EventFd } from "../host/eventfd.ts";
 import { closeFd } from "../host/libc.ts";
 import { socketPair } from "../host/socket.ts";
+import { type WorkerEvent, WorkerHost, workerEntry } from "../machine/commands.ts";
 import type { Guest } from "../machine/qemu/guest.ts";
 import { type Qemu, type QemuDevice, startQemu } from "../machine/qemu/qemu.ts";
 import { counters, countersBuffer } from "../memory/counters.ts";
 import { createIommuBuffer } from "../tracking/software-iommu.ts";
 import { TRACKING_COUNTERS, type TrackingCounters } from "../tracking/tracker.ts";
-import type { BackendData, PinnerName, Started, Stopped, Strategy } from "./backend.ts";
-import { type WorkerEvent, WorkerHost } from "./commands.ts";
-import type { DiskData, DiskOptions, DiskStopped } from "./disk.ts";
+import type { BackendData } from "./backend.ts";
+import { DISK_BDF, DISK_SLOT, type DiskData, type DiskStopped } from "./disk.ts";
+import {
+  countersAfterOneSecond,
+  loadDrivers,
+  type ModuleCounters,
+  readCounters,
+  unbindDisk,
+} from "./guest-side.ts";
+import type { Started, Stopped } from "./host-side.ts";
+import type { Booted, DriverState, Machine, MachineEnd, MachineOptions, Worked } from "./machine.ts";
+import { describeHost, type RunResult } from "./result.ts";
+import { runWorkload, type Workload } from "./workload.ts";
 
 /** Our virtio-iommu comes before what it tracks, so that its driver is active when theirs bind. */
 const IOMMU_SLOT = 3;
-const DISK_SLOT = 4;
-export const DISK_BDF = parseBdf("00:04.0") as Bdf;
 /** RAM above the PCI hole starts at 4 GiB, so GFNs reach at most this far beyond the RAM's size. */
 const PCI_HOLE_FRAMES = 2 ** 32 / FRAME_SIZE;
 
-export interface VmOptions {
+export interface VmOptions extends MachineOptions {
   readonly guest: Guest;
-  readonly memoryMiB: number;
-  readonly cpus: number;
   readonly accel: "auto" | "tcg" | "kvm";
-  readonly strategy: Strategy;
-  readonly policy: string;
-  readonly interval: Nanoseconds;
-  readonly quota: number;
-  readonly pinner: PinnerName;
-  readonly disk: DiskOptions;
   /** The guest's console is this process's terminal. */
   readonly shell?: boolean;
   /** More words for the guest kernel's command line. */
   readonly append?: readonly string[];
-  readonly onWarning?: (text: string) => void;
-  /** The backend's entry; tests of the checkers put a broken one here. */
-  readonly backendEntry?: URL;
 }
 
-/** What was left when everything had ended. */
-export interface VmEnd {
-  readonly backend: Stopped;
-  readonly disk: DiskStopped;
-}
-
-/** This module's neighbour, as source or as built. */
-const entry = (name: string) =>
-  new URL(`./${name}${import.meta.url.endsWith(".ts") ? ".ts" : ".js"}`, import.meta.url);
+const USERSPACE_MS = 90_000;
 
 /**
  * A QEMU with our virtio-iommu and our assigned disk, the threads that serve them, and what they count. Started with
  * the guest paused: `resume()` lets it run.
  */
-export class Vm {
+export class Vm implements Machine {
+  readonly name = "qemu";
+  readonly host: RunResult["host"];
   readonly qemu: Qemu;
   readonly pins: TrackingCounters;
   readonly disk: DeviceCounters;
+  readonly devices: readonly DeviceCounters[];
   readonly started: Started;
-  /** Rejects when a part of the VM fails that should run until close(). */
   readonly failed: Promise<never>;
+  readonly #options: VmOptions;
   readonly #parts: Parts;
-  #closing: Promise<VmEnd> | undefined;
+  #closing: Promise<MachineEnd> | undefined;
 
-  private constructor(qemu: Qemu, started: Started, parts: Parts) {
+  private constructor(qemu: Qemu, started: Started, parts: Parts, options: VmOptions) {
+    this.host = describeHost(qemu.version, qemu.accel);
     this.qemu = qemu;
     this.started = started;
+    this.#options = options;
     this.#parts = parts;
     this.pins = parts.pins;
     this.disk = parts.disk;
+    this.devices = [parts.disk];
     this.failed = parts.failed.promise;
   }
 
@@ -90,7 +87,7 @@ export class Vm {
         ...(options.append && { append: options.append }),
         ...(options.shell && { shell: true }),
       });
-      return new Vm(qemu, await parts.started(options.memoryMiB), parts);
+      return new Vm(qemu, await parts.started(options.memoryMiB), parts, options);
     } catch (error) {
       await qemu?.close();
       await parts.close().catch(() => {});
@@ -102,15 +99,49 @@ export class Vm {
     return this.qemu.resume();
   }
 
+  async boot(): Promise<Booted> {
+    const kernel = await this.qemu.agent.hello(USERSPACE_MS);
+    const userspaceAt = monotonicClock.now();
+    await loadDrivers(this.qemu.agent, this.#options.guest, this.#options.strategy);
+    return { kernel, userspaceAt };
+  }
+
+  async work(workload: Workload): Promise<Worked> {
+    const { agent } = this.qemu;
+    const [done, first] = await Promise.all([runWorkload(agent, workload), countersAfterOneSecond(agent)]);
+    if (!this.#tracked) return { workload: done, first: null, last: null };
+    return { workload: done, first: stateOf(first), last: stateOf(await readCounters(agent)) };
+  }
+
+  async shutDown(): Promise<(DriverState & { live: number }) | null> {
+    const { agent } = this.qemu;
+    await unbindDisk(agent);
+    if (!this.#tracked) return null;
+    const counters = await readCounters(agent);
+    return { ...stateOf(counters), live: counters.live_refs ?? 0 };
+  }
+
   /** End QEMU and the threads; idempotent. */
-  close(): Promise<VmEnd> {
+  close(): Promise<MachineEnd> {
     this.#closing ??= (async () => {
       await this.qemu.close();
       return await this.#parts.close();
     })();
     return this.#closing;
   }
+
+  get #tracked(): boolean {
+    return this.#options.strategy === "coiommu";
+  }
 }
+
+const stateOf = (counters: ModuleCounters): DriverState => ({
+  map: counters.map ?? 0,
+  unmap: counters.unmap ?? 0,
+  framesMapped: counters.frames_mapped ?? 0,
+  framesUnmapped: counters.frames_unmapped ?? 0,
+  pinRequests: counters.pin_requests ?? 0,
+});
 
 /** Threads, shared memory and sockets of one VM, from before QEMU starts until after it has ended. */
 class Parts {
@@ -148,19 +179,27 @@ class Parts {
     const { strategy, pinner, policy, interval, quota } = options;
     const touchFd = this.#touch.fd;
     const onEvent = (event: WorkerEvent) => this.#hear(event, options.onWarning ?? (() => {}));
-    this.backendWorker = new WorkerHost(
-      options.backendEntry ?? entry("backend-worker"),
-      {
-        ...{ socketFd: iommuFd, touchFd, iommu, counters: pins, assigned: [DISK_BDF] },
+    const wake = EventFd.create();
+    this.backendWorker = new WorkerHost({
+      name: "the backend",
+      entry: options.backendEntry ?? workerEntry(import.meta.url, "backend-worker"),
+      data: {
+        ...{ wakeFd: wake.fd, socketFd: iommuFd, touchFd, iommu, counters: pins, assigned: [DISK_BDF] },
         ...{ strategy, pinner, policy, interval, quota },
       } satisfies BackendData,
+      wake,
       onEvent,
-    );
-    this.diskWorker = new WorkerHost(
-      entry("disk-worker"),
-      { socketFd: diskFd, touchFd, iommu, counters: disk, disk: options.disk } satisfies DiskData,
+    });
+    const diskWake = EventFd.create();
+    this.diskWorker = new WorkerHost({
+      name: "the disk",
+      entry: workerEntry(import.meta.url, "disk-worker"),
+      data: {
+        ...{ wakeFd: diskWake.fd, socketFd: diskFd, touchFd, iommu, counters: disk, disk: options.disk },
+      } satisfies DiskData,
+      wake: diskWake,
       onEvent,
-    );
+    });
     this.failed.promise.catch(() => {});
     for (const worker of [this.backendWorker, this.diskWorker])
       void worker.ended.then((error) => {
@@ -189,16 +228,16 @@ class Parts {
   }
 
   /** Stop the threads: the disk first, because its DMA relies on the pins. */
-  async close(): Promise<VmEnd> {
+  async close(): Promise<MachineEnd> {
     this.#closing = true;
     for (const { fds } of this.#devices) fds.forEach(closeFd);
     this.#devices = [];
-    const disk = this.diskWorker.request<DiskStopped>("stop");
-    await Promise.allSettled([disk, this.diskWorker.ended]);
-    const backend = this.backendWorker.request<Stopped>("stop");
-    await Promise.allSettled([backend, this.backendWorker.ended]);
+    const disk = this.diskWorker.stop<DiskStopped>();
+    await Promise.allSettled([disk]);
+    const backend = this.backendWorker.stop<Stopped>();
+    await Promise.allSettled([backend]);
     this.#touch.close();
-    return { backend: await backend, disk: await disk };
+    return { backend: await backend, hostErrors: (await disk).hostErrors };
   }
 
   #hear({ kind, message }: WorkerEvent, warn: (text: string) => void): void {

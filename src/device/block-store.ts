@@ -12,6 +12,16 @@ export interface BlockStore {
   close(): void;
 }
 
+/** A raw image, or memory of `sizeMiB`. */
+export interface StoreOptions {
+  readonly file?: string;
+  readonly sizeMiB: number;
+}
+
+/** Throws UserError when the image cannot be used. */
+export const openStore = ({ file, sizeMiB }: StoreOptions): BlockStore =>
+  file === undefined ? new MemoryStore((sizeMiB * 2 ** 20) / SECTOR_SIZE) : new FileStore(file);
+
 const reasons: Record<string, string> = {
   ENOENT: "does not exist",
   EACCES: "may not be read and written by this user",

@@ -1,0 +1,182 @@
+import { HostError, UserError } from "../base/errors.ts";
+import type { Bdf, Nanoseconds } from "../base/units.ts";
+import { monotonicClock } from "../host/clock.ts";
+import { IoUringPinner } from "../host/io-uring-pinner.ts";
+import { canExceedMemlock, memlockLimit } from "../host/limits.ts";
+import { SoftwarePinner } from "../host/software-pinner.ts";
+import { counters } from "../memory/counters.ts";
+import { GuestMemory, type GuestRegion } from "../memory/guest-memory.ts";
+import { SharedWords } from "../memory/shared-words.ts";
+import { createPolicy } from "../policy/registry.ts";
+import type { Pinner } from "../tracking/pinner.ts";
+import { SoftwareIommu } from "../tracking/software-iommu.ts";
+import { TRACKING_COUNTERS, Tracker, type TrackerOptions } from "../tracking/tracker.ts";
+import { VirtioIommu } from "../virtio/iommu.ts";
+import { VirtioPciFunction } from "../virtio/pci.ts";
+
+export type Strategy = "none" | "static" | "coiommu";
+export type PinnerName = "io_uring" | "software";
+
+export interface HostSideData {
+  readonly iommu: SharedArrayBuffer;
+  readonly counters: SharedArrayBuffer;
+  readonly assigned: readonly Bdf[];
+  readonly strategy: Strategy;
+  readonly pinner: PinnerName;
+  readonly policy: string;
+  readonly interval: Nanoseconds;
+  /** Frames; Infinity for no limit. */
+  readonly quota: number;
+}
+
+/** Answer to "started": what stood before the guest's first instruction. */
+export interface Started {
+  /** Time spent pinning before the guest starts, in ms. */
+  readonly pinMs: number;
+  /** 0 until the memory map is known: ask again. */
+  readonly ramBytes: number;
+  readonly kernelSource: Pinner["kernelSource"];
+}
+/** Answer to "stop". */
+export interface Stopped {
+  /** Pages that the kernel counted as pinned when the backend began, and after everything was released. */
+  readonly kernelPagesBefore: number | null;
+  readonly kernelPagesAfter: number | null;
+  /** Requests and register accesses that a correct guest never makes. */
+  readonly peerErrors: number;
+}
+
+/** How long the kernel may take to let go of pins: io_uring releases up to 1 s late on Linux 6.1. */
+const RELEASE_LIMIT_MS = 3000;
+
+/**
+ * The backend without its loop: the virtio-iommu of one guest and all behind it. Whoever owns it calls work() between
+ * requests, and sleeps no longer than that says.
+ */
+export class HostSide {
+  readonly memory = new GuestMemory();
+  readonly function: VirtioPciFunction;
+  readonly #data: HostSideData;
+  readonly #warn: (text: string) => void;
+  readonly #iommu: SoftwareIommu;
+  readonly #pinner: Pinner;
+  readonly #tracker: Tracker;
+  readonly #device: VirtioIommu;
+  readonly #kernelPagesBefore: number | null;
+  #nextPass: number;
+  #inPass = false;
+  #pinTime = 0;
+  /** Why the pins that should stand before the guest starts do not; told by started(). */
+  #startFailure: HostError | undefined;
+  #started = false;
+
+  /** `warn`: told what the host refused while nobody waited for an answer. */
+  constructor(data: HostSideData, warn: (text: string) => void, openTable?: TrackerOptions["openTable"]) {
+    this.#data = data;
+    this.#warn = warn;
+    this.#iommu = new SoftwareIommu(data.iommu, monotonicClock);
+    this.#iommu.setOpen(data.strategy === "none");
+    this.#pinner = data.pinner === "io_uring" ? new IoUringPinner() : new SoftwarePinner();
+    this.#kernelPagesBefore = this.#pinner.kernelPinnedPages();
+    this.#tracker = new Tracker({
+      memory: this.memory,
+      pinner: this.#pinner,
+      iommu: this.#iommu,
+      policy: createPolicy(data.policy),
+      clock: monotonicClock,
+      counters: counters(TRACKING_COUNTERS, data.counters),
+      quota: data.quota,
+      beforeActivation: ({ none: "none", static: "all", coiommu: "bios" } as const)[data.strategy],
+      ...(openTable && { openTable }),
+    });
+    this.#device = new VirtioIommu({
+      memory: this.memory,
+      tracker: this.#tracker,
+      assigned: new Set(data.assigned),
+      pinPage: data.strategy === "coiommu",
+      hostError: (error) => this.#hostFailed(error),
+    });
+    this.function = new VirtioPciFunction(this.#device, this.memory);
+    this.#nextPass = monotonicClock.now() + data.interval;
+  }
+
+  setMemory(regions: readonly GuestRegion[]): void {
+    const before = monotonicClock.now();
+    try {
+      this.#tracker.setMemory(regions);
+    } catch (error) {
+      if (!(error instanceof HostError)) throw error;
+      this.#hostFailed(error);
+    }
+    if (!this.#started) this.#pinTime += monotonicClock.now() - before;
+  }
+
+  /** Answer devices that ask for frames which they touch before the guest's driver is active. */
+  serveTouches(): void {
+    this.#iommu.serveRequests((gfn) => this.#tracker.touchedByFirmware(gfn));
+  }
+
+  /** At most one slice of what is due of an unpin pass. Returns for how many ms nothing will be due. */
+  work(): number {
+    const now = monotonicClock.now();
+    if (this.#inPass) this.#inPass = this.#tracker.slice();
+    else if (now >= this.#nextPass) {
+      this.#tracker.startPass();
+      this.#inPass = true;
+      this.#nextPass = now + this.#data.interval;
+    }
+    return this.#inPass ? 0 : Math.max(0, (this.#nextPass - now) / 1e6);
+  }
+
+  /** Throws UserError when what should be pinned by now cannot be. */
+  started(): Started {
+    if (this.#startFailure) throw new UserError(explain(this.#startFailure), 1);
+    this.#started = this.memory.size > 0;
+    return {
+      pinMs: this.#pinTime / 1e6,
+      ramBytes: this.memory.size,
+      kernelSource: this.#pinner.kernelSource,
+    };
+  }
+
+  /** Release everything. `disconnect`: nothing of the guest is served any more when it returns. */
+  stop(disconnect: () => void): Stopped {
+    this.#tracker.sampleKernel();
+    disconnect();
+    this.memory.setRegions([]);
+    return {
+      kernelPagesBefore: this.#kernelPagesBefore,
+      kernelPagesAfter: this.#releaseAll(),
+      peerErrors: this.function.peerErrors + this.#device.badRequests,
+    };
+  }
+
+  #hostFailed(error: HostError): void {
+    if (this.#started) this.#warn(explain(error));
+    else this.#startFailure = error;
+  }
+
+  /** Release every pin, and wait until the kernel no longer counts them. */
+  #releaseAll(): number | null {
+    const deadline = monotonicClock.now() + RELEASE_LIMIT_MS * 1e6;
+    const nothing = new SharedWords(new SharedArrayBuffer(4));
+    this.#pinner.close();
+    let pages = this.#pinner.kernelPinnedPages();
+    while (pages !== this.#kernelPagesBefore && monotonicClock.now() < deadline) {
+      nothing.wait(0, 0, 10);
+      pages = this.#pinner.kernelPinnedPages();
+    }
+    this.#pinner.close();
+    return pages;
+  }
+}
+
+function explain(error: HostError): string {
+  if (error.errno !== "ENOMEM" || canExceedMemlock())
+    return `the host cannot pin guest memory: ${error.message}`;
+  const kib = Math.floor(memlockLimit() / 1024);
+  return (
+    `the host cannot pin guest memory: the memlock limit of this process is ${kib} KiB; ` +
+    "raise it (`ulimit -l unlimited`, or LimitMEMLOCK= of the service), or run as root"
+  );
+}

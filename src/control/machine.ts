@@ -1,0 +1,73 @@
+import type { Errno } from "../base/errors.ts";
+import type { Nanoseconds } from "../base/units.ts";
+import type { StoreOptions } from "../device/block-store.ts";
+import type { DeviceCounters } from "../device/counters.ts";
+import type { TrackingCounters } from "../tracking/tracker.ts";
+import type { PinnerName, Started, Stopped, Strategy } from "./host-side.ts";
+import type { RunResult, WorkloadResult } from "./result.ts";
+import type { Workload } from "./workload.ts";
+
+/** What every machine is made from. */
+export interface MachineOptions {
+  readonly memoryMiB: number;
+  readonly cpus: number;
+  readonly strategy: Strategy;
+  readonly policy: string;
+  readonly interval: Nanoseconds;
+  readonly quota: number;
+  readonly pinner: PinnerName;
+  readonly disk: StoreOptions;
+  readonly onWarning?: (text: string) => void;
+  /** The backend's entry; tests of the checkers put a broken one here. */
+  readonly backendEntry?: URL;
+}
+
+/** What the guest's driver has counted so far, over all CPUs. */
+export interface DriverState {
+  readonly map: number;
+  readonly unmap: number;
+  readonly framesMapped: number;
+  readonly framesUnmapped: number;
+  readonly pinRequests: number;
+}
+
+export interface Booted {
+  /** Release of the guest's kernel; null where there is none. */
+  readonly kernel: string | null;
+  /** When user space ran, by the monotonic clock. */
+  readonly userspaceAt: Nanoseconds;
+}
+
+export interface Worked {
+  readonly workload: WorkloadResult;
+  /** The driver's counters when the workload had run for a second, and at its end; null without a driver. */
+  readonly first: DriverState | null;
+  readonly last: DriverState | null;
+}
+
+/** What was left when everything had ended. */
+export interface MachineEnd {
+  readonly backend: Stopped;
+  /** How often the host refused an assigned device its store, by errno; the guest saw I/O errors. */
+  readonly hostErrors: readonly (readonly [Errno, number])[];
+}
+
+/** A guest with assigned devices, and what serves them. Made with the guest paused; the methods follow each other. */
+export interface Machine {
+  readonly name: RunResult["guest"]["machine"];
+  readonly host: RunResult["host"];
+  readonly started: Started;
+  readonly pins: TrackingCounters;
+  readonly devices: readonly DeviceCounters[];
+  /** Rejects when a part fails that should run until close(). */
+  readonly failed: Promise<never>;
+  /** Resolves when the guest executes. */
+  resume(): Promise<void>;
+  /** Until the drivers of the assigned devices run, tracked if the strategy says so. */
+  boot(): Promise<Booted>;
+  work(workload: Workload): Promise<Worked>;
+  /** Let the devices' drivers unmap all; the driver's last word, and its live mappings. Null without a driver. */
+  shutDown(): Promise<(DriverState & { readonly live: number }) | null>;
+  /** End all of it; idempotent. */
+  close(): Promise<MachineEnd>;
+}
