@@ -1,66 +1,22 @@
 /** What a person sees when something goes wrong: one sentence, the right exit code, nothing left behind. */
 import assert from "node:assert/strict";
-import { type ChildProcess, execFileSync, spawn } from "node:child_process";
+import { execFileSync } from "node:child_process";
 import { mkdtempSync, rmSync, truncateSync, writeFileSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { before, type TestContext, test } from "node:test";
 import { setTimeout as sleep } from "node:timers/promises";
 import { ensureGuest } from "../../src/machine/qemu/guest.ts";
-import { childrenOf, eventually } from "./support.ts";
+import { Cli, complaint } from "../support/cli.ts";
+import { eventually } from "../support/eventually.ts";
+import { fieldDifferences } from "../support/result-fields.ts";
+import { childrenOf } from "./support.ts";
 
-const BIN = join(import.meta.dirname, "../../bin/coiommu.js");
-
-interface Ended {
-  readonly code: number | null;
-  readonly stdout: string;
-  readonly stderr: string;
-}
-
-class Cli {
-  readonly child: ChildProcess;
-  readonly ended: Promise<Ended>;
-  #stdout = "";
-  #stderr = "";
-
-  constructor(args: readonly string[], through: readonly string[] = []) {
-    const [file, ...rest] = [...through, process.execPath, BIN, ...args];
-    this.child = spawn(file!, rest, { stdio: ["ignore", "pipe", "pipe"] });
-    this.child.stdout!.on("data", (d) => (this.#stdout += d));
-    this.child.stderr!.on("data", (d) => (this.#stderr += d));
-    this.ended = new Promise((resolve) =>
-      this.child.on("close", (code) => resolve({ code, stdout: this.#stdout, stderr: this.#stderr })),
-    );
-  }
-
-  get pid(): number {
-    return this.child.pid!;
-  }
-
-  /** Wait until it says so on stderr. */
-  async said(text: string): Promise<void> {
-    assert.ok(
-      await eventually(() => this.#stderr.includes(text), 60_000),
-      `it never said "${text}": ${this.#stderr}`,
-    );
-  }
-
-  /** QEMU's process, while it runs. */
-  async qemu(): Promise<number> {
-    const find = () => childrenOf(this.pid, "qemu-system")[0];
-    assert.ok(await eventually(() => find() !== undefined), "QEMU does not run");
-    return find()!;
-  }
-}
-
-/** The last line, which must be the only one that is a complaint. */
-function complaint({ stderr }: Ended): string {
-  const lines = stderr
-    .trim()
-    .split("\n")
-    .filter((line) => line.startsWith("coiommu:") || /^\s+at /.test(line));
-  assert.equal(lines.length, 1, `one sentence, but it said:\n${stderr}`);
-  return lines[0]!;
+/** QEMU's process, while it runs. */
+async function qemuOf(cli: Cli): Promise<number> {
+  const find = () => childrenOf(cli.pid, "qemu-system")[0];
+  assert.ok(await eventually(() => find() !== undefined), "QEMU does not run");
+  return find()!;
 }
 
 const alive = (pid: number): boolean => {
@@ -81,14 +37,14 @@ function scratch(t: TestContext, first: (path: string) => void = () => {}): stri
   return directory;
 }
 
-const IDLE = ["run", "--memory", "256M", "--workload", "idle:seconds=60"];
+const IDLE = ["run", "--machine", "qemu", "--memory", "256M", "--workload", "idle:seconds=60"];
 
 before(() => ensureGuest(() => {}));
 
 test("killing QEMU ends the run with one sentence", async () => {
   const cli = new Cli(IDLE);
   await cli.said("running idle");
-  process.kill(await cli.qemu(), "SIGKILL");
+  process.kill(await qemuOf(cli), "SIGKILL");
   const ended = await cli.ended;
   assert.equal(ended.code, 1);
   assert.match(complaint(ended), /QEMU was killed by SIGKILL/);
@@ -97,7 +53,7 @@ test("killing QEMU ends the run with one sentence", async () => {
 test("a guest that dies ends the run with one sentence", async (t) => {
   const script = join(scratch(t), "panic.sh");
   writeFileSync(script, "echo c >/proc/sysrq-trigger; sleep 60");
-  const cli = new Cli(["run", "--memory", "256M", "--workload", `script:${script}`]);
+  const cli = new Cli(["run", "--machine", "qemu", "--memory", "256M", "--workload", `script:${script}`]);
   const ended = await cli.ended;
   assert.equal(ended.code, 1);
   assert.match(complaint(ended), /QEMU ended/);
@@ -110,7 +66,7 @@ for (const [signal, code] of [
   test(`${signal} ends the guest in order`, async () => {
     const cli = new Cli(IDLE);
     await cli.said("booting");
-    const qemu = await cli.qemu();
+    const qemu = await qemuOf(cli);
     cli.child.kill(signal);
     const ended = await cli.ended;
     assert.equal(ended.code, code);
@@ -121,7 +77,7 @@ for (const [signal, code] of [
 test("QEMU does not outlive a coiommu that is killed", async () => {
   const cli = new Cli(IDLE);
   await cli.said("booting");
-  const qemu = await cli.qemu();
+  const qemu = await qemuOf(cli);
   cli.child.kill("SIGKILL");
   await cli.ended;
   assert.ok(await eventually(() => !alive(qemu), 5000), "QEMU is left behind");
@@ -141,7 +97,17 @@ test("a full disk is an I/O error in the guest and a sentence here", async (t) =
   writeFileSync(image, "");
   truncateSync(image, 64 * 2 ** 20);
   const fio = "fio:rw=randwrite,bs=4k,iodepth=4,seconds=1,size=32M";
-  const ended = await new Cli(["run", "--memory", "256M", "--disk", image, "--workload", fio]).ended;
+  const ended = await new Cli([
+    "run",
+    "--machine",
+    "qemu",
+    "--memory",
+    "256M",
+    "--disk",
+    image,
+    "--workload",
+    fio,
+  ]).ended;
   assert.equal(ended.code, 1);
   assert.match(complaint(ended), /disk image.*ENOSPC/);
 });
@@ -163,7 +129,10 @@ test("pins refused for want of memlock hold the guest's I/O back, and lose nothi
   const json = join(scratch(t), "result.json");
   const enough = 6 * 2 ** 20;
   const fio = "fio:rw=randwrite,bs=64k,iodepth=8,seconds=2,size=16M";
-  const cli = new Cli(["run", "--memory", "256M", "--workload", fio, "--json", json], limited(enough));
+  const cli = new Cli(
+    ["run", "--machine", "qemu", "--memory", "256M", "--workload", fio, "--json", json],
+    limited(enough),
+  );
   const limit = (bytes: number) => execFileSync("prlimit", ["--pid", String(cli.pid), `--memlock=${bytes}:`]);
   await cli.said("running fio");
   limit(64 * 1024);
@@ -173,6 +142,7 @@ test("pins refused for want of memlock hold the guest's I/O back, and lose nothi
   const ended = await cli.ended;
   assert.equal(ended.code, 0, ended.stderr);
   const { default: result } = await import(json, { with: { type: "json" } });
+  assert.deepEqual(fieldDifferences(result), []);
   assert.ok(result.pins.refused > 0, "some pins were refused");
   assert.deepEqual([result.workload.verified, result.workload.errors, result.dma.faults], [true, 0, 0]);
   assert.equal(result.maps.liveAtEnd, 0);

@@ -4,7 +4,8 @@ import { demand, loadDrivers, readCounters, unbindDisk } from "../../src/control
 import { runFio } from "../../src/machine/qemu/fio.ts";
 import { ensureGuest } from "../../src/machine/qemu/guest.ts";
 import { parseFioWorkload } from "../../src/machine/workload-text.ts";
-import { bootedVm, eventually, pinnedPages, twoPasses } from "./support.ts";
+import { eventually } from "../support/eventually.ts";
+import { bootedVm, pinnedPages, twoPasses } from "./support.ts";
 
 test("a guest's disk is pinned precisely, unpinned lazily, and loses nothing", async (t) => {
   const before = pinnedPages();

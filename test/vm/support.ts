@@ -1,11 +1,11 @@
 import { existsSync, readdirSync, readFileSync } from "node:fs";
 import type { TestContext } from "node:test";
-import { setTimeout as sleep } from "node:timers/promises";
 import { milliseconds } from "../../src/base/units.ts";
 import { loadDrivers } from "../../src/control/guest-side.ts";
 import { Vm, type VmOptions } from "../../src/control/vm.ts";
 import { StatusField } from "../../src/host/process-status.ts";
 import { ensureGuest } from "../../src/machine/qemu/guest.ts";
+import { eventually } from "../support/eventually.ts";
 
 export const INTERVAL_MS = 300;
 
@@ -33,15 +33,6 @@ export async function bootedVm(
   await vm.qemu.agent.hello(90_000);
   if (load) await loadDrivers(vm.qemu.agent, options.guest, options.strategy);
   return vm;
-}
-
-/** Wait until `condition` holds; false when it does not in time. */
-export async function eventually(condition: () => boolean, timeoutMs = 30_000): Promise<boolean> {
-  for (let waited = 0; !condition(); waited += 50) {
-    if (waited >= timeoutMs) return false;
-    await sleep(50);
-  }
-  return true;
 }
 
 /** Two whole unpin passes that began after this call. */
