@@ -20,7 +20,7 @@ export const compareCommand = (): Command =>
       .option("--strategies <list>", `of ${STRATEGIES.join(", ")}`, parseListOf(STRATEGIES), [...STRATEGIES])
       .option("--rounds <n>", "how often each strategy runs; the table shows medians", parseCount(1, 100), 3),
   ).action(async (options: CompareOptions) => {
-    if (options.workload.name === "shell")
+    if (options.workload?.name === "shell")
       throw new UserError("--workload shell: a person cannot be compared; give it to `coiommu run`");
     const progress = new Progress();
     try {

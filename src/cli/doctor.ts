@@ -2,6 +2,7 @@ import { existsSync, readdirSync } from "node:fs";
 import { styleText } from "node:util";
 import { Command } from "commander";
 import { IoUringPinner } from "../host/io-uring-pinner.ts";
+import { nativeUnavailable } from "../host/libc.ts";
 import { canExceedMemlock, memlockLimit } from "../host/limits.ts";
 import { type Check, diagnose } from "../machine/qemu/doctor.ts";
 import { writeJson } from "./output.ts";
@@ -11,7 +12,7 @@ export const doctorCommand = (): Command =>
     .description("What this machine can do: one line each, with the fix.")
     .option("--json <file>", "write the result as JSON, to a file or to - (standard output)")
     .action(async (options: { json?: string }) => {
-      const checks = [...(await diagnose()), ioUring(), memlock(), ...optionalParts()];
+      const checks = [...(await diagnose()), native(), ioUring(), memlock(), embedded(), ...optionalParts()];
       const width = Math.max(...checks.map((c) => c.name.length));
       if (options.json !== "-")
         for (const { name, ok, detail, fix } of checks) {
@@ -32,8 +33,22 @@ export const doctorCommand = (): Command =>
 const paint = (colour: "green" | "blue" | "red", text: string): string =>
   styleText(colour, text, { stream: process.stdout });
 
+function native(): Check {
+  const reason = nativeUnavailable();
+  const fix = "npm install (the package koffi brings binaries for Linux on x64 and arm64)";
+  return reason === undefined
+    ? { name: "native module", ok: true, detail: "koffi loads: system calls for VMs and pins", fix: null }
+    : { name: "native module", ok: false, detail: reason, fix };
+}
+
+/** Always there: said, because it is what is left where a VM cannot be had. */
+const embedded = (): Check => {
+  const detail = "runs on Node alone: guest CPUs are threads (--machine embedded)";
+  return { name: "embedded", ok: true, detail, fix: null };
+};
+
 function ioUring(): Check {
-  const reason = IoUringPinner.unavailable();
+  const reason = nativeUnavailable() ?? IoUringPinner.unavailable();
   const fix = "allow io_uring (sysctl kernel.io_uring_disabled=0, or the container's seccomp profile)";
   return reason === undefined
     ? { name: "io_uring", ok: true, detail: "pins guest memory (registered buffers)", fix: null }

@@ -1,8 +1,12 @@
-import { UserError } from "../base/errors.ts";
+import { CoiommuError, UserError } from "../base/errors.ts";
+import { EmbeddedMachine } from "../control/embedded.ts";
 import type { PinnerName, Strategy } from "../control/host-side.ts";
 import { type Outcome, run } from "../control/run.ts";
 import { Vm } from "../control/vm.ts";
+import { parseWorkload } from "../control/workload.ts";
 import { IoUringPinner } from "../host/io-uring-pinner.ts";
+import { nativeUnavailable } from "../host/libc.ts";
+import { vmUnavailable } from "../machine/qemu/doctor.ts";
 import { ensureGuest, type Guest } from "../machine/qemu/guest.ts";
 import { type MachineOptions, runOptions } from "./machine-options.ts";
 import type { Progress } from "./progress.ts";
@@ -10,19 +14,65 @@ import type { Progress } from "./progress.ts";
 /** Runs the workload of the options under a strategy, on the machine that they name or that was chosen. */
 export type Runner = (strategy: Strategy) => Promise<Outcome>;
 
-/** Set up what the machine needs. */
+const VM_WORKLOAD = "fio:rw=randread,bs=4k,iodepth=32,seconds=5";
+/** Shorter, because the disk is filled and checked too: a comparison of three strategies takes less than a minute. */
+const EMBEDDED_WORKLOAD = "fio:rw=randread,bs=4k,iodepth=32,seconds=4";
+
+/** Set up what the machine needs. With `--machine auto`, says which one it is, and why. */
 export async function prepareMachine(options: MachineOptions, progress: Progress): Promise<Runner> {
-  const { workload } = options;
-  if (workload.name === "nic" || workload.name === "gpu")
-    throw new UserError(`--workload ${workload.text}: a VM has no device for it`);
-  return inVm(options, await ensureGuest(progress.step), progress);
+  const vmNeed = needsVm(options);
+  if (options.machine === "embedded") {
+    if (vmNeed) throw new UserError(`${vmNeed}: needs a VM, not --machine embedded`);
+    return embedded(options, progress);
+  }
+  if (options.machine === "qemu") {
+    const embeddedNeed = needsEmbedded(options);
+    if (embeddedNeed) throw new UserError(`${embeddedNeed}: needs --machine embedded`);
+    return inVm(options, await ensureGuest(progress.step), progress);
+  }
+  if (vmNeed) {
+    progress.note(`machine: a VM in QEMU, because ${vmNeed} needs one`);
+    return inVm(options, await ensureGuest(progress.step), progress);
+  }
+  const guest = await guestOrReason(options, progress);
+  if (typeof guest === "string") {
+    progress.note(`machine: embedded (no VM), because ${guest}`);
+    return embedded(options, progress);
+  }
+  progress.note("machine: a VM in QEMU, because what it needs is here (--machine embedded does without)");
+  return inVm(options, guest, progress);
+}
+
+/** What VMs are made from, or why there is none, as a clause. */
+async function guestOrReason(options: MachineOptions, progress: Progress): Promise<Guest | string> {
+  const embeddedNeed = needsEmbedded(options);
+  if (embeddedNeed) return `only there is a device for ${embeddedNeed}`;
+  const reason = nativeUnavailable() ?? vmUnavailable();
+  if (reason !== undefined) return reason;
+  try {
+    return await ensureGuest(progress.step);
+  } catch (error) {
+    if (!(error instanceof CoiommuError)) throw error;
+    return `no VM can be set up: ${error.message}`;
+  }
+}
+
+/** What of the options only the embedded machine has. */
+const needsEmbedded = ({ workload }: MachineOptions): string | undefined =>
+  workload?.name === "nic" || workload?.name === "gpu" ? `--workload ${workload.text}` : undefined;
+
+/** What of the options only a VM has. */
+function needsVm({ workload, accel }: MachineOptions): string | undefined {
+  if (workload?.name === "script" || workload?.name === "shell") return `--workload ${workload.text}`;
+  return accel === "auto" ? undefined : `--accel ${accel}`;
 }
 
 function inVm(options: MachineOptions, guest: Guest, progress: Progress): Runner {
   const pinner = vmPinner(options.pinner, progress.warn);
-  const shell = options.workload.name === "shell";
+  const workload = options.workload ?? parseWorkload(VM_WORKLOAD);
+  const shell = workload.name === "shell";
   return (strategy) => {
-    const settings = runOptions(options, strategy, pinner, progress.warn);
+    const settings = runOptions(options, workload, strategy, pinner, progress.warn);
     const start = () => Vm.start({ ...settings, guest, accel: options.accel, shell });
     progress.step("starting QEMU");
     return run(settings, start, shell ? () => progress.stop() : progress.step);
@@ -30,10 +80,25 @@ function inVm(options: MachineOptions, guest: Guest, progress: Progress): Runner
 }
 
 function vmPinner(name: MachineOptions["pinner"], warn: (text: string) => void): PinnerName {
-  if (name === "software") return name;
+  if (name !== "auto") return checkedPinner(name);
   const reason = IoUringPinner.unavailable();
   if (reason === undefined) return "io_uring";
-  if (name === "io_uring") throw new UserError(`--pinner io_uring: ${reason}`, 1);
   warn(`--pinner auto takes "software", which pins nothing in the kernel: ${reason}`);
   return "software";
+}
+
+function checkedPinner(name: PinnerName): PinnerName {
+  const reason = name === "io_uring" ? IoUringPinner.unavailable() : undefined;
+  if (reason !== undefined) throw new UserError(`--pinner ${name}: ${reason}`, 1);
+  return name;
+}
+
+function embedded(options: MachineOptions, progress: Progress): Runner {
+  const pinner = options.pinner === "auto" ? "software" : checkedPinner(options.pinner);
+  const workload = options.workload ?? parseWorkload(EMBEDDED_WORKLOAD);
+  return (strategy) => {
+    const settings = runOptions(options, workload, strategy, pinner, progress.warn);
+    progress.step("starting the guest");
+    return run(settings, () => EmbeddedMachine.start(settings), progress.step);
+  };
 }

@@ -3,6 +3,7 @@ import type { Nanoseconds } from "../base/units.ts";
 import type { PinnerName, Strategy } from "../control/host-side.ts";
 import type { RunOptions } from "../control/run.ts";
 import { parseWorkload, type Workload } from "../control/workload.ts";
+import { FIO_USAGE, GPU_USAGE, NIC_USAGE } from "../machine/workload-text.ts";
 import { createPolicy } from "../policy/registry.ts";
 import {
   parseCount,
@@ -16,10 +17,25 @@ import {
 
 export const STRATEGIES = ["none", "static", "coiommu"] as const satisfies readonly Strategy[];
 const PINNERS = ["auto", "io_uring", "software"] as const;
+const MACHINES = ["auto", "qemu", "embedded"] as const;
 const ACCELS = ["auto", "tcg", "kvm"] as const;
+const usage = (text: string): string => text.replace("--workload ", "");
+
+const WORKLOADS = `
+Workloads, with what they are by default:
+  idle:seconds=5                                nothing but the drivers
+  ${usage(FIO_USAGE)}
+                                                a disk, in a VM as fio does it
+  ${usage(NIC_USAGE)}
+                                                a network card (embedded)
+  ${usage(GPU_USAGE)}
+                                                a copy engine with large buffers (embedded)
+  script:FILE                                   what the script does (VM)
+  shell                                         what you do (VM)`;
 
 /** Options that `run` and `compare` share, as commander gives them. */
 export interface MachineOptions {
+  readonly machine: (typeof MACHINES)[number];
   readonly memory: number;
   readonly cpus: number;
   readonly accel: (typeof ACCELS)[number];
@@ -27,7 +43,8 @@ export interface MachineOptions {
   readonly interval: Nanoseconds;
   readonly quota?: Quota;
   readonly pinner: (typeof PINNERS)[number];
-  readonly workload: Workload;
+  /** Undefined for the default of the machine. */
+  readonly workload?: Workload;
   readonly disk?: string;
   readonly diskSize: number;
   readonly json?: string;
@@ -46,6 +63,12 @@ export function addMachineOptions(command: Command): Command {
         ? new Option(flags, text).argParser(parse)
         : new Option(flags, text).argParser(parse).default(value, shown),
     );
+  option(
+    "--machine <name>",
+    "qemu (a VM), embedded (guest CPUs are threads of this process; needs Node alone), or auto: a VM if it can be had",
+    parseOneOf(MACHINES),
+    "auto",
+  );
   option("--memory <size>", "guest memory: 512M, 2G", parseMemoryMiB, 1024, "1G");
   option("--cpus <n>", "guest CPUs", parseCount(1, 64), 1);
   option("--accel <name>", "how QEMU runs the guest: auto, tcg, kvm", parseOneOf(ACCELS), "auto");
@@ -64,25 +87,23 @@ export function addMachineOptions(command: Command): Command {
   );
   option(
     "--pinner <name>",
-    "what pins: auto, io_uring, software (no real pins)",
+    "what pins: io_uring, software (no real pins), auto (io_uring for a VM, software for embedded)",
     parseOneOf(PINNERS),
     "auto",
   );
   option(
     "--workload <what>",
-    "idle[:seconds=N], script:FILE, shell, or fio:rw=randread,bs=4k,iodepth=32,seconds=5",
+    "see below (default: fio:rw=randread,bs=4k,iodepth=32,seconds=5; embedded: 4 seconds of it)",
     parseWorkload,
-    parseWorkload("fio:rw=randread,bs=4k,iodepth=32,seconds=5"),
-    "fio:rw=randread,bs=4k,iodepth=32,seconds=5",
   );
   option(
     "--disk <file>",
-    "raw image behind the assigned disk; it is written to (default: memory)",
+    "raw image behind the assigned disk; it is written to, embedded also by a fio that reads (default: memory)",
     (file) => file,
   );
   option("--disk-size <size>", "size of the assigned disk in memory", parseMemoryMiB, 256, "256M");
   option("--json <file>", "write the result as JSON, to a file or to - (standard output)", (file) => file);
-  return command;
+  return command.addHelpText("after", WORKLOADS);
 }
 
 const checkedPolicy = (text: string): string => createPolicy(text) && text;
@@ -90,10 +111,12 @@ const checkedPolicy = (text: string): string => createPolicy(text) && text;
 /** What `run` and `compare` ask for, for one run; what pins depends on the machine. */
 export const runOptions = (
   options: MachineOptions,
+  workload: Workload,
   strategy: Strategy,
   pinner: PinnerName,
   warn: (text: string) => void,
 ): RunOptions => ({
+  workload,
   strategy,
   pinner,
   memoryMiB: options.memory,
@@ -101,7 +124,6 @@ export const runOptions = (
   policy: options.policy,
   interval: options.interval,
   quota: quotaFrames(options.quota, options.memory),
-  workload: options.workload,
   disk: { sizeMiB: options.diskSize, ...(options.disk !== undefined && { file: options.disk }) },
   onWarning: warn,
 });

@@ -35,6 +35,7 @@ test("a quota with which no guest can start is refused", () => {
 
 /** Each sentence names the flag, what was given, and the accepted form. */
 for (const [flag, values, form] of [
+  ["--machine", ["vm", ""], /one of auto, qemu, embedded/],
   ["--memory", ["5", "1X", "100M", "2T", "1.3M", "-1G", ""], /such as 512M or 2G/],
   ["--cpus", ["0", "65", "1.5", "two", ""], /whole number from 1 to 64/],
   ["--accel", ["hvf", ""], /one of auto, tcg, kvm/],
@@ -42,7 +43,11 @@ for (const [flag, values, form] of [
   ["--interval", ["1", "1h", "5ms", "2d", "-1s"], /such as 1s or 500ms/],
   ["--quota", ["0", "0%", "101%", "1.5", "lots"], /such as 10%/],
   ["--pinner", ["mlock", ""], /one of auto, io_uring, software/],
-  ["--workload", ["fio:rw=erase", "fio:bs=4q", "idle:1", "nothing", "script:/nonexistent"], /--workload/],
+  [
+    "--workload",
+    ["fio:rw=erase", "fio:bs=4q", "idle:1", "nic:size=1", "gpu:hold=0", "nothing", "script:/nonexistent"],
+    /--workload/,
+  ],
   ["--disk-size", ["1M", "big"], /such as 512M or 2G/],
   ["--strategy", ["all", ""], /one of none, static, coiommu/],
 ] as const)
@@ -57,6 +62,12 @@ for (const [args, form] of [
   [["compare", "--strategies", "none,none"], /--strategies.*twice/],
   [["compare", "--strategies", "none,best"], /--strategies.*one of none, static, coiommu/],
   [["compare", "--workload", "shell"], /--workload shell.*coiommu run/],
+  [["run", "--machine", "embedded", "--workload", "shell"], /--workload shell: needs a VM/],
+  [["run", "--machine", "embedded", "--accel", "kvm"], /--accel kvm: needs a VM/],
+  [
+    ["run", "--machine", "qemu", "--workload", "nic:mode=fresh"],
+    /--workload nic:mode=fresh: needs --machine embedded/,
+  ],
   [["compare", "--rounds", "0"], /--rounds.*whole number from 1 to 100/],
   [["run", "--turbo"], /unknown option '--turbo'/],
   [["runn"], /unknown command 'runn'/],

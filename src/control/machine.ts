@@ -18,8 +18,9 @@ export interface MachineOptions {
   readonly pinner: PinnerName;
   readonly disk: StoreOptions;
   readonly onWarning?: (text: string) => void;
-  /** The backend's entry; tests of the checkers put a broken one here. */
+  /** Entries of threads; tests of the checkers put broken ones here. */
   readonly backendEntry?: URL;
+  readonly deviceEntry?: URL;
 }
 
 /** What the guest's driver has counted so far, over all CPUs. */

@@ -193,7 +193,7 @@ class Parts {
     const diskWake = EventFd.create();
     this.diskWorker = new WorkerHost({
       name: "the disk",
-      entry: workerEntry(import.meta.url, "disk-worker"),
+      entry: options.deviceEntry ?? workerEntry(import.meta.url, "disk-worker"),
       data: {
         ...{ wakeFd: diskWake.fd, socketFd: diskFd, touchFd, iommu, counters: disk, disk: options.disk },
       } satisfies DiskData,

@@ -4,6 +4,7 @@ import { closeFd, lastErrno, libc, MAP_FAILED, systemCall, viewOf } from "./libc
 
 const PROT_READ_WRITE = 3;
 const MAP_SHARED = 1;
+const MAP_ANONYMOUS = 0x20;
 const MFD_CLOEXEC = 1;
 
 interface MappedFile {
@@ -57,11 +58,39 @@ export class FdMapper {
   }
 }
 
+/** Memory of this process that all its threads see at the same address; zero, and committed as it is touched. */
+export class SharedMapping {
+  readonly address: number;
+  readonly size: number;
+
+  /** Throws HostError. */
+  constructor(size: number) {
+    this.address = Number(map(-1, size, MAP_SHARED | MAP_ANONYMOUS));
+    this.size = size;
+  }
+
+  /** A view of such a mapping, in any thread. */
+  static bytes({ address, size }: { readonly address: number; readonly size: number }): Uint8Array {
+    return new Uint8Array(viewOf(BigInt(address), size));
+  }
+
+  /** No thread has a view any more. */
+  close(): void {
+    // SAFETY: the range is one that mmap returned, and the caller says that nobody uses it.
+    systemCall("munmap", () => libc.munmap(BigInt(this.address), this.size));
+  }
+}
+
 function mapWhole(fd: number, size: number): MappedFile {
-  // SAFETY: the kernel chooses the place.
-  const address = libc.mmap(null, size, PROT_READ_WRITE, MAP_SHARED, fd, 0);
-  if (address === MAP_FAILED) throw new HostError("mmap", lastErrno(), `${size} bytes`);
+  const address = map(fd, size, MAP_SHARED);
   return { address, size, buffer: viewOf(address, size) };
+}
+
+function map(fd: number, size: number, flags: number): bigint {
+  // SAFETY: the kernel chooses the place.
+  const address = libc.mmap(null, size, PROT_READ_WRITE, flags, fd, 0);
+  if (address === MAP_FAILED) throw new HostError("mmap", lastErrno(), `${size} bytes`);
+  return address;
 }
 
 /** An unnamed file in memory, as QEMU's memory-backend-memfd makes them. The caller closes it. */

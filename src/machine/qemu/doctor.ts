@@ -4,7 +4,7 @@ import { Apt } from "./apt.ts";
 import { cachePath } from "./cache.ts";
 import { command, which } from "./command.ts";
 import { kernelKey } from "./kernel.ts";
-import { HOST_TOOLS, type HostTool, installCommand, locate } from "./packages.ts";
+import { HOST_TOOLS, type HostTool, installCommand, locate, missingPackages } from "./packages.ts";
 import { knownSelection } from "./selection.ts";
 import { userlandKey } from "./userland.ts";
 
@@ -20,6 +20,16 @@ export interface Check {
 export async function diagnose(): Promise<Check[]> {
   const tools = Promise.all(HOST_TOOLS.map(checkTool));
   return [...(await tools), ...checkGuestParts(), await checkKvm()];
+}
+
+/** Why no VM can be run here, not even after the set-up that a run does by itself; undefined when one can. */
+export function vmUnavailable(): string | undefined {
+  const missing = missingPackages();
+  if (missing.length > 0 && !which("apt-get")) return `${missing.join(", ")} are not on this machine`;
+  if (missing.length > 0 && process.getuid?.() !== 0)
+    return `a VM needs ${missing.join(", ")}: type \`${installCommand(missing)}\``;
+  const absent = checkGuestParts().find((part) => !part.ok);
+  return absent && `the ${absent.name} ${absent.detail}, and this machine has no apt-get`;
 }
 
 async function checkTool(tool: HostTool): Promise<Check> {

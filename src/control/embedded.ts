@@ -1,0 +1,238 @@
+import { setTimeout as sleep } from "node:timers/promises";
+import { UserError } from "../base/errors.ts";
+import { FRAME_SIZE } from "../base/units.ts";
+import { DEVICE_COUNTERS, type DeviceCounters } from "../device/counters.ts";
+import { DRIVER_COUNTERS, type DriverCounters } from "../driver/counters.ts";
+import type { DriverPlaces } from "../driver/viommu.ts";
+import { monotonicClock } from "../host/clock.ts";
+import { type WorkerEvent, WorkerHost, workerEntry } from "../machine/commands.ts";
+import type { Attach, CpuData } from "../machine/embedded/cpu.ts";
+import type { DeviceData, DeviceSetup, DeviceStopped } from "../machine/embedded/device.ts";
+import { doorbellsBuffer } from "../machine/embedded/doorbells.ts";
+import type { DeviceLink, LoadSpec } from "../machine/embedded/load.ts";
+import { OwnedRam } from "../machine/embedded/ram.ts";
+import { type Measurement, report } from "../machine/embedded/workloads/workload.ts";
+import { Bell } from "../memory/bell.ts";
+import { counters, countersBuffer } from "../memory/counters.ts";
+import { createIommuBuffer } from "../tracking/software-iommu.ts";
+import { TRACKING_COUNTERS, type TrackingCounters } from "../tracking/tracker.ts";
+import { mailboxBuffer } from "../transport/mailbox.ts";
+import type { EmbeddedBackendData } from "./embedded-backend.ts";
+import { type DevicePlan, type EmbeddedOptions, planDevices, planLoads } from "./embedded-plan.ts";
+import type { Started, Stopped } from "./host-side.ts";
+import type { Booted, DriverState, Machine, MachineEnd, Worked } from "./machine.ts";
+import { describeHost } from "./result.ts";
+import { describeWorkload, NO_FIGURES, type Workload } from "./workload.ts";
+
+const CPU_WORKER = workerEntry(import.meta.resolve("../machine/embedded/cpu.ts"), "cpu-worker");
+const DEVICE_WORKER = workerEntry(import.meta.resolve("../machine/embedded/device.ts"), "device-worker");
+
+/**
+ * A guest without a VM: its CPUs, its assigned devices and the backend are threads of this process that share its RAM.
+ * The same virtio-iommu, tracker and table as behind QEMU, and the same driver as Linux has, in TypeScript.
+ */
+export class EmbeddedMachine implements Machine {
+  readonly name = "embedded";
+  readonly host = describeHost(null, null);
+  readonly started: Started;
+  readonly pins: TrackingCounters;
+  readonly devices: readonly DeviceCounters[];
+  readonly failed: Promise<never>;
+  readonly #threads: Threads;
+  readonly #loads: readonly (LoadSpec | undefined)[];
+  #closing: Promise<MachineEnd> | undefined;
+
+  private constructor(threads: Threads, loads: readonly (LoadSpec | undefined)[], started: Started) {
+    this.#threads = threads;
+    this.#loads = loads;
+    this.started = started;
+    this.pins = threads.pins;
+    this.devices = threads.deviceCounters;
+    this.failed = threads.failed.promise;
+  }
+
+  /** Throws UserError when a part cannot start; then nothing is left behind. */
+  static async start(options: EmbeddedOptions): Promise<EmbeddedMachine> {
+    const threads = new Threads(options);
+    try {
+      const [diskBytes] = await Promise.all(threads.devices.map((d) => d.request<number>("open")));
+      const loads = planLoads(options, diskBytes!);
+      return new EmbeddedMachine(threads, loads, await threads.backend.request<Started>("started"));
+    } catch (error) {
+      await threads.close().catch(() => {});
+      throw error;
+    }
+  }
+
+  async resume(): Promise<void> {
+    await this.#onCpus("reset");
+  }
+
+  async boot(): Promise<Booted> {
+    const { cpus, tracked } = this.#threads;
+    const places = tracked ? await cpus[0]!.request<DriverPlaces>("activate") : null;
+    const setups = await this.#onCpus<DeviceSetup | null>(
+      "attach",
+      (cpu): Attach => ({ places, load: this.#loads[cpu] }),
+    );
+    await this.#threads.startDevices(setups);
+    return { kernel: null, userspaceAt: monotonicClock.now() };
+  }
+
+  async work(workload: Workload): Promise<Worked> {
+    const [measurements, first] = await Promise.all([
+      this.#onCpus<Measurement | null>("work"),
+      sleep(1000).then(() => this.#driverState()),
+    ]);
+    const parts = measurements.filter((m) => m !== null);
+    const figures = workload.name === "idle" ? NO_FIGURES : report(parts);
+    return { workload: { ...describeWorkload(workload), ...figures }, first, last: this.#driverState() };
+  }
+
+  /** The drivers have unmapped all at the end of their work. */
+  async shutDown(): Promise<(DriverState & { live: number }) | null> {
+    const state = this.#driverState();
+    return state && { ...state, live: await this.#threads.cpus[0]!.request<number>("live") };
+  }
+
+  close(): Promise<MachineEnd> {
+    this.#closing ??= this.#threads.close();
+    return this.#closing;
+  }
+
+  #onCpus<T>(command: string, argument: (cpu: number) => unknown = () => null): Promise<T[]> {
+    return Promise.all(this.#threads.cpus.map((cpu, i) => cpu.request<T>(command, argument(i))));
+  }
+
+  #driverState(): DriverState | null {
+    const { tracked, driverCounters } = this.#threads;
+    const sum = (name: keyof DriverState) => driverCounters.reduce((total, c) => total + c[name], 0);
+    return tracked
+      ? {
+          map: sum("map"),
+          unmap: sum("unmap"),
+          framesMapped: sum("framesMapped"),
+          framesUnmapped: sum("framesUnmapped"),
+          pinRequests: sum("pinRequests"),
+        }
+      : null;
+  }
+}
+
+/** The threads of one guest, and the memory that they share. */
+class Threads {
+  readonly tracked: boolean;
+  readonly pins: TrackingCounters;
+  readonly deviceCounters: readonly DeviceCounters[];
+  readonly driverCounters: readonly DriverCounters[];
+  readonly backend: WorkerHost;
+  readonly devices: readonly WorkerHost[];
+  readonly cpus: readonly WorkerHost[];
+  readonly failed = Promise.withResolvers<never>();
+  readonly #options: EmbeddedOptions;
+  readonly #plan: readonly DevicePlan[];
+  readonly #ram: OwnedRam;
+  readonly #iommu: SharedArrayBuffer;
+  readonly #mailbox: SharedArrayBuffer;
+  readonly #backendBell = Bell.buffer();
+  readonly #cpuBells: readonly SharedArrayBuffer[];
+  readonly #links: readonly DeviceLink[];
+  #closing = false;
+
+  constructor(options: EmbeddedOptions) {
+    this.#options = options;
+    this.tracked = options.strategy === "coiommu";
+    this.#plan = planDevices(options);
+    this.#ram = new OwnedRam(options.memoryMiB, options.pinner !== "software");
+    this.#iommu = createIommuBuffer((options.memoryMiB * 2 ** 20) / FRAME_SIZE);
+    this.#mailbox = mailboxBuffer(options.cpus);
+    this.#cpuBells = Array.from({ length: options.cpus }, () => Bell.buffer());
+    this.#links = this.#plan.map(({ endpoint }) => ({
+      endpoint,
+      bell: Bell.buffer(),
+      doorbells: doorbellsBuffer(2 * (options.cpus + 1)),
+    }));
+    const pins = countersBuffer(TRACKING_COUNTERS);
+    const ofDevices = this.#plan.map(() => countersBuffer(DEVICE_COUNTERS));
+    const ofDrivers = this.#cpuBells.map(() => countersBuffer(DRIVER_COUNTERS));
+    this.pins = counters(TRACKING_COUNTERS, pins);
+    this.deviceCounters = ofDevices.map((buffer) => counters(DEVICE_COUNTERS, buffer));
+    this.driverCounters = ofDrivers.map((buffer) => counters(DRIVER_COUNTERS, buffer));
+    this.failed.promise.catch(() => {});
+    this.backend = this.#startBackend(pins);
+    this.devices = ofDevices.map((buffer, number) => this.#startDevice(number, buffer));
+    this.cpus = ofDrivers.map((buffer, number) => this.#startCpu(number, buffer));
+  }
+
+  /** With what each CPU's driver has set up. */
+  async startDevices(setups: readonly (DeviceSetup | null)[]): Promise<void> {
+    for (const [cpu, setup] of setups.entries())
+      if (setup) await this.devices[this.#deviceOf(cpu)]!.request("start", setup);
+  }
+
+  /** The CPUs first, then the devices, because their DMA relies on the pins. */
+  async close(): Promise<MachineEnd> {
+    this.#closing = true;
+    await Promise.all(this.cpus.map((cpu) => cpu.terminate()));
+    const devices = await Promise.allSettled(this.devices.map((device) => device.stop<DeviceStopped>()));
+    const [backend] = await Promise.allSettled([this.backend.stop<Stopped>()]);
+    this.#ram.close();
+    if (backend.status === "rejected") throw backend.reason;
+    const hostErrors = devices.flatMap((d) => (d.status === "fulfilled" ? d.value.hostErrors : []));
+    return { backend: backend.value, hostErrors };
+  }
+
+  #startBackend(pins: SharedArrayBuffer): WorkerHost {
+    const { strategy, policy, interval, quota, pinner, backendEntry } = this.#options;
+    const data = {
+      ...{ ram: this.#ram.ram, iommu: this.#iommu, mailbox: this.#mailbox, bell: this.#backendBell },
+      ...{ counters: pins, assigned: this.#plan.map((device) => device.endpoint) },
+      ...{ strategy, policy, interval, quota, pinner },
+    } satisfies EmbeddedBackendData;
+    const entry = backendEntry ?? workerEntry(import.meta.url, "embedded-backend-worker");
+    return this.#worker("the backend", entry, data, this.#backendBell);
+  }
+
+  #startDevice(number: number, ofDevice: SharedArrayBuffer): WorkerHost {
+    const { kind, cpus } = this.#plan[number]!;
+    const { bell, doorbells } = this.#links[number]!;
+    const data = {
+      ...{ kind, number, ram: this.#ram.ram, iommu: this.#iommu, counters: ofDevice, bell, doorbells },
+      ...{ backendBell: this.#backendBell, interrupts: cpus.map((cpu) => this.#cpuBells[cpu]!) },
+      store: this.#options.disk,
+    } satisfies DeviceData;
+    return this.#worker(`the ${kind}`, this.#options.deviceEntry ?? DEVICE_WORKER, data, bell);
+  }
+
+  #startCpu(number: number, ofDriver: SharedArrayBuffer): WorkerHost {
+    const { cpus } = this.#options;
+    const bell = this.#cpuBells[number]!;
+    const link = this.#links[this.#deviceOf(number)];
+    const data = {
+      ...{ number, cpus, link, ram: this.#ram.ram, tracked: this.tracked, mailbox: this.#mailbox, bell },
+      ...{ backendBell: this.#backendBell, counters: ofDriver },
+    } satisfies CpuData;
+    return this.#worker(`CPU ${number}`, CPU_WORKER, data, bell);
+  }
+
+  /** -1 for none. */
+  #deviceOf(cpu: number): number {
+    return this.#plan.findIndex((device) => device.cpus.includes(cpu));
+  }
+
+  #worker(name: string, entry: URL, data: object, bellBuffer: SharedArrayBuffer): WorkerHost {
+    const bell = new Bell(bellBuffer);
+    const wake = { signal: () => bell.ring(), close: () => {} };
+    const worker = new WorkerHost({ name, entry, data, wake, onEvent: (event) => this.#hear(event) });
+    void worker.ended.then((error) => {
+      if (error) this.failed.reject(error);
+    });
+    return worker;
+  }
+
+  #hear({ kind, message }: WorkerEvent): void {
+    if (this.#closing) return;
+    if (kind === "warning") this.#options.onWarning?.(message);
+    else this.failed.reject(new UserError(message, 1));
+  }
+}

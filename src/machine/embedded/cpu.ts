@@ -1,0 +1,132 @@
+import { UserError } from "../../base/errors.ts";
+import { FRAME_SIZE, type Gfn } from "../../base/units.ts";
+import { DRIVER_COUNTERS } from "../../driver/counters.ts";
+import { DirectDma } from "../../driver/dma.ts";
+import { FramePool } from "../../driver/pages.ts";
+import { type DriverCpu, type DriverPlaces, GuestDriver } from "../../driver/viommu.ts";
+import { monotonicClock } from "../../host/clock.ts";
+import { Bell } from "../../memory/bell.ts";
+import { counters } from "../../memory/counters.ts";
+import { GuestMemory } from "../../memory/guest-memory.ts";
+import { MailboxFunction } from "../../transport/mailbox.ts";
+import { CommandServer, type WorkerBase } from "../commands.ts";
+import type { DeviceSetup } from "./device.ts";
+import { createLoad, type DeviceLink, type Load, type LoadSpec } from "./load.ts";
+import { type GuestRam, ramRegion } from "./ram.ts";
+import { ThreadCpu } from "./thread-cpu.ts";
+import type { Measurement } from "./workloads/workload.ts";
+
+/** The low 1 MiB, which the host pins for firmware; nothing is allocated there. */
+const FIRST_FRAME = 256;
+/** Each CPU allocates from its own part of memory. */
+export const framesOfCpu = (bytes: number, cpus: number): number =>
+  Math.floor((bytes / FRAME_SIZE - FIRST_FRAME) / cpus);
+
+/** A mapping that was refused is tried again after this time, if no device interrupts before. */
+const RETRY_MS = 5;
+
+const STALLED =
+  "the workload does not go on: a device does not answer, or no buffer can be mapped (is the quota too small?)";
+
+export interface CpuData {
+  readonly number: number;
+  readonly cpus: number;
+  readonly ram: GuestRam;
+  /** Whether mappings are tracked. */
+  readonly tracked: boolean;
+  readonly mailbox: SharedArrayBuffer;
+  readonly backendBell: SharedArrayBuffer;
+  /** Its interrupts, and its commands. */
+  readonly bell: SharedArrayBuffer;
+  readonly counters: SharedArrayBuffer;
+  /** Its device; undefined where there are fewer devices than CPUs. */
+  readonly link: DeviceLink | undefined;
+}
+
+/** To each CPU, when the one that boots has made the table. */
+export interface Attach {
+  /** Null when nothing is tracked. */
+  readonly places: DriverPlaces | null;
+  /** What it will do for the workload. */
+  readonly load: LoadSpec | undefined;
+}
+
+/** A guest CPU: a thread that runs the guest's drivers and its part of the workload. */
+export class CpuThread {
+  readonly #data: CpuData;
+  readonly #bell: Bell;
+  readonly #commands: CommandServer;
+  readonly #on: DriverCpu;
+  readonly #pages: FramePool;
+  #driver: GuestDriver | undefined;
+  #load: Load | undefined;
+
+  constructor(data: CpuData & WorkerBase) {
+    this.#data = data;
+    const { number, cpus, ram, mailbox } = data;
+    this.#bell = new Bell(data.bell);
+    const backend = new Bell(data.backendBell);
+    const memory = new GuestMemory([ramRegion(ram)]);
+    this.#on = {
+      memory,
+      pciFunction: new MailboxFunction({ buffer: mailbox, client: number, ring: () => backend.ring() }),
+      cpu: new ThreadCpu(),
+      counters: counters(DRIVER_COUNTERS, data.counters),
+    };
+    const frames = framesOfCpu(memory.size, cpus);
+    this.#pages = new FramePool(memory, (FIRST_FRAME + number * frames) as Gfn, frames);
+    this.#commands = new CommandServer(data, {
+      reset: () => {},
+      activate: () => this.#activate(),
+      attach: (attach: Attach) => this.#attach(attach),
+      work: () => this.#work(),
+      live: () => this.#driver!.survey().liveRefs,
+    });
+  }
+
+  /** Runs until the machine is switched off: its thread is ended from outside. */
+  run(): never {
+    for (;;) {
+      const { rings } = this.#bell;
+      this.#commands.serve();
+      this.#bell.sleep(rings, Number.POSITIVE_INFINITY);
+    }
+  }
+
+  /** On the CPU that boots: find the virtio-iommu, and turn PIN on. */
+  #activate(): DriverPlaces {
+    this.#driver = GuestDriver.activate(this.#on, this.#pages, this.#data.cpus);
+    return this.#driver.places;
+  }
+
+  #attach({ places, load }: Attach): DeviceSetup | null {
+    const { link, number } = this.#data;
+    if (places) this.#driver ??= new GuestDriver(this.#on, places);
+    if (!link || !load) return null;
+    const direct = new DirectDma(this.#pages);
+    this.#load = createLoad(load, link, {
+      memory: this.#on.memory,
+      pages: this.#pages,
+      dma: this.#driver?.dma(link.endpoint, direct) ?? direct,
+      clock: monotonicClock,
+      seed: 1 + number,
+    });
+    return this.#load.setup;
+  }
+
+  /** Until the workload has unmapped all that it mapped. */
+  #work(): Measurement | null {
+    if (!this.#load) return null;
+    const { workload, patience } = this.#load;
+    let since = monotonicClock.now();
+    for (;;) {
+      const { rings } = this.#bell;
+      const progress = workload.poll();
+      if (workload.finished) return workload.measurement;
+      const now = monotonicClock.now();
+      if (progress) since = now;
+      else if (now - since < patience) this.#bell.sleep(rings, RETRY_MS);
+      else throw new UserError(STALLED, 1);
+    }
+  }
+}

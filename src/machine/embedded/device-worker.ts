@@ -1,0 +1,4 @@
+import { workerData } from "node:worker_threads";
+import { DeviceThread } from "./device.ts";
+
+new DeviceThread(workerData).run();

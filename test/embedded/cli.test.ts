@@ -1,0 +1,179 @@
+/** `coiommu run --machine embedded` as its user sees it. */
+import assert from "node:assert/strict";
+import { mkdtempSync, rmSync, statSync, truncateSync, writeFileSync } from "node:fs";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
+import { test } from "node:test";
+import type { CompareResult, RunResult } from "../../src/control/result.ts";
+import { Cli, complaint } from "../support/cli.ts";
+import { fieldDifferences } from "../support/result-fields.ts";
+
+const EMBEDDED = ["run", "--machine", "embedded", "--memory", "256M", "--interval", "200ms"];
+
+async function result(...args: string[]): Promise<RunResult> {
+  const { code, stdout, stderr } = await new Cli([...EMBEDDED, "--json", "-", ...args]).ended;
+  assert.equal(code, 0, stderr);
+  return JSON.parse(stdout) as RunResult;
+}
+
+/** What holds for every run that went well, whatever it did. */
+function checkSound({ workload, dma, maps, pins, strategy, guest, kernel }: RunResult): void {
+  assert.deepEqual([guest.machine, guest.kernel], ["embedded", null]);
+  assert.deepEqual([workload.errors, dma.faults], [0, 0]);
+  if (strategy !== "coiommu") {
+    assert.deepEqual([...new Set([...Object.values(maps), pins.requests, pins.refused])], [null]);
+    return;
+  }
+  assert.ok(maps.map! > 0);
+  assert.deepEqual([maps.liveAtEnd, maps.unmap, maps.framesUnmapped], [0, maps.map, maps.framesMapped]);
+  assert.equal(pins.framesAtEnd, pins.framesPinned - pins.framesUnpinned);
+  assert.equal(kernel.source, "none");
+}
+
+const READ = "fio:rw=randread,bs=4k,iodepth=16,seconds=1,size=8M";
+for (const [strategy, workload] of [
+  ["none", READ],
+  ["static", READ],
+  ["none", "nic:mode=recycled,seconds=1"],
+  ["static", "gpu:buffers=2,size=2M,hold=200,seconds=1"],
+  ["coiommu", READ],
+  ["coiommu", "fio:rw=randrw,bs=16k,iodepth=4,seconds=1,size=8M"],
+  ["coiommu", "nic:mode=fresh,traffic=loopback,seconds=1"],
+  ["coiommu", "gpu:buffers=2,size=2M,hold=200,seconds=1"],
+] as const)
+  test(`${strategy}, ${workload}: nothing is lost, and the JSON is that of a VM`, async () => {
+    const run = await result("--strategy", strategy, "--workload", workload);
+    checkSound(run);
+    assert.deepEqual(fieldDifferences(run), []);
+    assert.ok(run.workload.ops! > 0 && run.workload.verified === true && run.dma.bytes > 0);
+    const { framesPeak } = run.pins;
+    if (strategy === "static") assert.equal(framesPeak, 65_536);
+    else assert.ok(strategy === "none" ? framesPeak === 0 : framesPeak > 0 && framesPeak < 65_536 / 4);
+  });
+
+test("the check of the JSON's fields finds one too many and one too few", async () => {
+  const run = await result("--workload", "idle:seconds=1");
+  assert.deepEqual(fieldDifferences(run), []);
+  const { fault, ...dma } = { ...run.dma, fault: 0 };
+  assert.deepEqual(fieldDifferences({ ...run, dma: { transfers: 0, bytes: 0, fault } }), [
+    "dma.faults is missing",
+    "dma.fault is not a field",
+  ]);
+  assert.deepEqual(fieldDifferences({ ...run, dma, pins: { ...run.pins, requests: { all: 1 } } }), [
+    "pins.requests is missing",
+    "pins.requests.all is not a field",
+  ]);
+});
+
+for (const workload of ["fio:rw=randrw,seconds=1,size=8M", "nic:mode=half,traffic=loopback,seconds=1"])
+  test(`several CPUs: ${workload}`, async () => {
+    const run = await result("--cpus", "3", "--workload", workload);
+    checkSound(run);
+    assert.equal(run.workload.verified, true);
+  });
+
+test("a quota that is too small for the workload refuses pins, and nothing is lost", async () => {
+  const run = await result(
+    "--quota",
+    "512",
+    "--workload",
+    "fio:rw=randrw,bs=64k,iodepth=32,seconds=1,size=16M",
+  );
+  checkSound(run);
+  assert.ok(run.pins.refused! > 0, "some pins were refused");
+  assert.ok(run.pins.framesPeak <= 512);
+  assert.deepEqual([run.workload.verified, run.pins.quotaFrames], [true, 512]);
+});
+
+test("an image is the disk's backing, and keeps its size", async (t) => {
+  const directory = mkdtempSync(join(tmpdir(), "coiommu-test-"));
+  t.after(() => rmSync(directory, { recursive: true }));
+  const image = join(directory, "disk.img");
+  writeFileSync(image, "");
+  truncateSync(image, 8 * 2 ** 20);
+  const run = await result("--disk", image, "--workload", "fio:rw=randwrite,seconds=1");
+  checkSound(run);
+  assert.equal(run.workload.verified, true);
+  assert.ok(statSync(image).size === 8 * 2 ** 20 && statSync(image).blocks > 0);
+});
+
+test("real pins: the kernel counts what we do", async () => {
+  const run = await result("--pinner", "io_uring", "--workload", "fio:seconds=1,size=8M");
+  assert.deepEqual([run.workload.verified, run.dma.faults, run.kernel.source], [true, 0, "VmPin"]);
+  assert.ok(run.kernel.pinnedPagesPeak! > 0 && run.kernel.pinnedPagesPeak! <= run.pins.framesPeak);
+});
+
+test("compare: every strategy, in one JSON", async () => {
+  const args = ["--rounds", "1", "--memory", "256M", "--workload", "fio:seconds=1,size=8M", "--json", "-"];
+  const { code, stdout, stderr } = await new Cli(["compare", "--machine", "embedded", ...args]).ended;
+  assert.equal(code, 0, stderr);
+  const { runs } = JSON.parse(stdout) as CompareResult;
+  assert.deepEqual(
+    runs.map((run) => run.strategy),
+    ["none", "static", "coiommu"],
+  );
+  runs.forEach(checkSound);
+});
+
+for (const [signal, code] of [
+  ["SIGINT", 130],
+  ["SIGTERM", 143],
+] as const)
+  test(`${signal} ends the guest in the middle of its work`, async () => {
+    const cli = new Cli([...EMBEDDED, "--workload", "fio:rw=randrw,seconds=600"]);
+    await cli.said("running fio");
+    const began = performance.now();
+    cli.child.kill(signal);
+    const ended = await cli.ended;
+    assert.equal(ended.code, code);
+    assert.match(complaint(ended), new RegExp(`${signal}: ending the guest`));
+    assert.ok(performance.now() - began < 5000, "at once");
+  });
+
+/** Makes every `require("koffi")` of the process and its threads fail, as where no binary fits. */
+const WITHOUT_KOFFI = `--import=data:text/javascript,${encodeURIComponent(
+  `import module from "node:module";
+   const load = module._load;
+   module._load = (name, ...rest) => { if (name === "koffi") throw new Error("no binary fits"); return load(name, ...rest); };`,
+)}`;
+
+test("it runs where the native module does not load, and says that this is why", async () => {
+  const args = ["run", "--memory", "256M", "--workload", "fio:seconds=1,size=8M"];
+  const { code, stderr } = await new Cli(args, [], { NODE_OPTIONS: WITHOUT_KOFFI }).ended;
+  assert.equal(code, 0, stderr);
+  assert.match(
+    stderr,
+    /^machine: embedded \(no VM\), because the native module koffi does not load.*no binary fits$/m,
+  );
+});
+
+test("broken twin: a VM cannot do without the native module", async () => {
+  const args = ["run", "--machine", "qemu", "--workload", "idle:seconds=1"];
+  const ended = await new Cli(args, [], { NODE_OPTIONS: WITHOUT_KOFFI }).ended;
+  assert.equal(ended.code, 1);
+  assert.match(complaint(ended), /koffi does not load/);
+});
+
+test("auto: embedded where no VM can be had, with the reason in one line", async () => {
+  const args = ["run", "--memory", "256M", "--workload", "idle:seconds=1"];
+  const { code, stderr } = await new Cli(args, [], { PATH: "/nonexistent" }).ended;
+  assert.equal(code, 0, stderr);
+  assert.match(stderr, /^machine: embedded \(no VM\), because .*qemu-system-x86/m);
+});
+
+test("auto: embedded for a workload that only it has", async () => {
+  const { code, stderr } = await new Cli(["run", "--memory", "256M", "--workload", "nic:seconds=1"]).ended;
+  assert.equal(code, 0, stderr);
+  assert.match(stderr, /^machine: embedded \(no VM\), because only there is a device for --workload nic/m);
+});
+
+for (const [args, sentence] of [
+  [["--memory", "1T"], /--memory: this machine cannot reserve 1048576 MiB/],
+  [["--disk", "/nonexistent/disk.img"], /disk\.img does not exist/],
+  [["--workload", "gpu:buffers=64,size=64M"], /buffers need more than/],
+] as const)
+  test(`${args.join(" ")}: one sentence`, async () => {
+    const ended = await new Cli([...EMBEDDED, ...args]).ended;
+    assert.notEqual(ended.code, 0);
+    assert.match(complaint(ended), sentence);
+  });
