@@ -30,8 +30,8 @@ export function planDevices({ cpus, workload: { name } }: EmbeddedOptions): Devi
   return all.slice(0, DEVICES_MAX).map((cpu) => ({ kind: name, endpoint: bdfOf(cpu), cpus: [cpu] }));
 }
 
-/** Frames that buffers lie in, over all CPUs: what a guest's page cache reuses while it is busy with one disk. */
-const CACHE_FRAMES = 4096;
+/** Frames that buffers lie in, over all CPUs: 4 MiB that a busy program reuses, some often and some rarely. */
+const CACHE_FRAMES = 1024;
 /** Room for the largest request, 1 MiB, with some to choose from. */
 const CACHE_FRAMES_MIN = 320;
 
