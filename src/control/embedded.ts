@@ -24,8 +24,8 @@ import type { Booted, DriverState, Machine, MachineEnd, Worked } from "./machine
 import { describeHost } from "./result.ts";
 import { describeWorkload, NO_FIGURES, type Workload } from "./workload.ts";
 
-const CPU_WORKER = workerEntry(import.meta.resolve("../machine/embedded/cpu.ts"), "cpu-worker");
-const DEVICE_WORKER = workerEntry(import.meta.resolve("../machine/embedded/device.ts"), "device-worker");
+const CPU_WORKER = workerEntry(import.meta.url, "../machine/embedded/cpu-worker");
+const DEVICE_WORKER = workerEntry(import.meta.url, "../machine/embedded/device-worker");
 
 /**
  * A guest without a VM: its CPUs, its assigned devices and the backend are threads of this process that share its RAM.
@@ -189,7 +189,7 @@ class Threads {
       ...{ counters: pins, assigned: this.#plan.map((device) => device.endpoint) },
       ...{ strategy, policy, interval, quota, pinner },
     } satisfies EmbeddedBackendData;
-    const entry = backendEntry ?? workerEntry(import.meta.url, "embedded-backend-worker");
+    const entry = backendEntry ?? workerEntry(import.meta.url, "./embedded-backend-worker");
     return this.#worker("the backend", entry, data, this.#backendBell);
   }
 

@@ -182,7 +182,7 @@ class Parts {
     const wake = EventFd.create();
     this.backendWorker = new WorkerHost({
       name: "the backend",
-      entry: options.backendEntry ?? workerEntry(import.meta.url, "backend-worker"),
+      entry: options.backendEntry ?? workerEntry(import.meta.url, "./backend-worker"),
       data: {
         ...{ wakeFd: wake.fd, socketFd: iommuFd, touchFd, iommu, counters: pins, assigned: [DISK_BDF] },
         ...{ strategy, pinner, policy, interval, quota },
@@ -193,7 +193,7 @@ class Parts {
     const diskWake = EventFd.create();
     this.diskWorker = new WorkerHost({
       name: "the disk",
-      entry: options.deviceEntry ?? workerEntry(import.meta.url, "disk-worker"),
+      entry: options.deviceEntry ?? workerEntry(import.meta.url, "./disk-worker"),
       data: {
         ...{ wakeFd: diskWake.fd, socketFd: diskFd, touchFd, iommu, counters: disk, disk: options.disk },
       } satisfies DiskData,

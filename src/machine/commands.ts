@@ -175,6 +175,6 @@ function because(failure: unknown): string {
   return `: internal error, please report it: ${failure.message}${where === undefined ? "" : ` (${where})`}`;
 }
 
-/** The entry `name` beside the module at `from`, as source or as built. */
-export const workerEntry = (from: string, name: string): URL =>
-  new URL(`./${name}${from.endsWith(".ts") ? ".ts" : ".js"}`, from);
+/** The module at `path`, seen from the module at `from`, as source or as built. */
+export const workerEntry = (from: string, path: string): URL =>
+  new URL(`${path}${from.endsWith(".ts") ? ".ts" : ".js"}`, from);

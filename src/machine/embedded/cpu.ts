@@ -76,6 +76,7 @@ export class CpuThread {
     const frames = framesOfCpu(memory.size, cpus);
     this.#pages = new FramePool(memory, (FIRST_FRAME + number * frames) as Gfn, frames);
     this.#commands = new CommandServer(data, {
+      // What a CPU executes first.
       reset: () => {},
       activate: () => this.#activate(),
       attach: (attach: Attach) => this.#attach(attach),
