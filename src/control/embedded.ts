@@ -187,7 +187,7 @@ class Threads {
     const data = {
       ...{ ram: this.#ram.ram, iommu: this.#iommu, mailbox: this.#mailbox, bell: this.#backendBell },
       ...{ counters: pins, assigned: this.#plan.map((device) => device.endpoint) },
-      ...{ strategy, policy, interval, quota, pinner },
+      ...{ strategy, policy, interval, quota, pinner, firmware: false },
     } satisfies EmbeddedBackendData;
     const entry = backendEntry ?? workerEntry(import.meta.url, "./embedded-backend-worker");
     return this.#worker("the backend", entry, data, this.#backendBell);

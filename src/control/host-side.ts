@@ -8,6 +8,7 @@ import { counters } from "../memory/counters.ts";
 import { GuestMemory, type GuestRegion } from "../memory/guest-memory.ts";
 import { SharedWords } from "../memory/shared-words.ts";
 import { createPolicy } from "../policy/registry.ts";
+import type { BeforeActivation } from "../tracking/life.ts";
 import type { Pinner } from "../tracking/pinner.ts";
 import { SoftwareIommu } from "../tracking/software-iommu.ts";
 import { TRACKING_COUNTERS, Tracker, type TrackerOptions } from "../tracking/tracker.ts";
@@ -22,6 +23,8 @@ export interface HostSideData {
   readonly counters: SharedArrayBuffer;
   readonly assigned: readonly Bdf[];
   readonly strategy: Strategy;
+  /** Whether firmware runs before the guest's driver, and may make devices use memory. */
+  readonly firmware: boolean;
   readonly pinner: PinnerName;
   readonly policy: string;
   readonly interval: Nanoseconds;
@@ -86,7 +89,7 @@ export class HostSide {
       clock: monotonicClock,
       counters: counters(TRACKING_COUNTERS, data.counters),
       quota: data.quota,
-      beforeActivation: ({ none: "none", static: "all", coiommu: "bios" } as const)[data.strategy],
+      beforeActivation: beforeActivation(data),
       ...(openTable && { openTable }),
     });
     this.#device = new VirtioIommu({
@@ -170,6 +173,9 @@ export class HostSide {
     return pages;
   }
 }
+
+const beforeActivation = ({ strategy, firmware }: HostSideData): BeforeActivation =>
+  strategy === "static" ? "all" : strategy === "coiommu" && firmware ? "bios" : "none";
 
 function explain(error: HostError): string {
   if (error.errno !== "ENOMEM" || canExceedMemlock())

@@ -185,7 +185,7 @@ class Parts {
       entry: options.backendEntry ?? workerEntry(import.meta.url, "./backend-worker"),
       data: {
         ...{ wakeFd: wake.fd, socketFd: iommuFd, touchFd, iommu, counters: pins, assigned: [DISK_BDF] },
-        ...{ strategy, pinner, policy, interval, quota },
+        ...{ strategy, pinner, policy, interval, quota, firmware: true },
       } satisfies BackendData,
       wake,
       onEvent,

@@ -16,8 +16,8 @@ import { type GuestRam, ramRegion } from "./ram.ts";
 import { ThreadCpu } from "./thread-cpu.ts";
 import type { Measurement } from "./workloads/workload.ts";
 
-/** The low 1 MiB, which the host pins for firmware; nothing is allocated there. */
-const FIRST_FRAME = 256;
+/** Frame 0 is not allocated, so that no buffer has the address 0. */
+const FIRST_FRAME = 1;
 /** Each CPU allocates from its own part of memory. */
 export const framesOfCpu = (bytes: number, cpus: number): number =>
   Math.floor((bytes / FRAME_SIZE - FIRST_FRAME) / cpus);
