@@ -10,8 +10,10 @@ import { VirtioPciFunction } from "../virtio/pci.ts";
 import { VIRTIO_IOMMU_S_OK } from "../wire/virtio-iommu.ts";
 import type { Bus } from "./bus.ts";
 import { FakeHost, type HostFaults, type HostObserver } from "./fake-host.ts";
+import { HostTurn } from "./host-turn.ts";
 import { SteppedMemory, SteppedWords } from "./stepped-memory.ts";
-import { type Actor, HostTurn, type Turns, Violation } from "./turn.ts";
+import { Violation } from "./turn.ts";
+import type { Actor, Turns } from "./turns.ts";
 
 export interface BackendOptions {
   readonly turns: Turns;

@@ -4,8 +4,10 @@ import { GatedMemory } from "../memory/gated-memory.ts";
 import type { GuestRegion } from "../memory/guest-memory.ts";
 import { DeviceGate } from "../tracking/software-iommu.ts";
 import type { Checks } from "./checks.ts";
+import { type Operation, Process } from "./process.ts";
 import { SteppedMemory, SteppedWords } from "./stepped-memory.ts";
-import { type Operation, Process, type Turns, Violation } from "./turn.ts";
+import { Violation } from "./turn.ts";
+import type { Turns } from "./turns.ts";
 
 /** DMA that a driver has told its device to do. */
 export interface Job {

@@ -16,8 +16,11 @@ import { VIRTIO_IOMMU_S_OK } from "../wire/virtio-iommu.ts";
 import { type BackendParts, CheckedTracker } from "./backend.ts";
 import { Checks } from "./checks.ts";
 import { FakeHost, HOST_BASE } from "./fake-host.ts";
+import { HostTurn } from "./host-turn.ts";
+import { type Operation, Process } from "./process.ts";
 import { SteppedMemory, SteppedWords } from "./stepped-memory.ts";
-import { type Actor, HostTurn, type Operation, Process, step, type Turn, Turns, Violation } from "./turn.ts";
+import { step, type Turn, Violation } from "./turn.ts";
+import { type Actor, Turns } from "./turns.ts";
 import type { Twin } from "./world.ts";
 
 /** A machine small enough to play every schedule of it. */

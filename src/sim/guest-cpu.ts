@@ -10,8 +10,9 @@ import { counters } from "../memory/counters.ts";
 import { VIRTIO_IOMMU_S_IOERR, VIRTIO_IOMMU_S_NOMEM } from "../wire/virtio-iommu.ts";
 import type { Job } from "./dma-engine.ts";
 import type { Guest } from "./guest.ts";
+import { type Operation, Process } from "./process.ts";
 import { SteppedMemory } from "./stepped-memory.ts";
-import { type Operation, Process, step, Violation } from "./turn.ts";
+import { step, Violation } from "./turn.ts";
 
 /** Mappings that a CPU has at most. */
 const MAPPINGS_MAX = 4;

@@ -4,7 +4,7 @@ import type { GuestMemory } from "../memory/guest-memory.ts";
 import type { Bus } from "./bus.ts";
 import type { Checks } from "./checks.ts";
 import type { DmaEngine } from "./dma-engine.ts";
-import type { Turns } from "./turn.ts";
+import type { Turns } from "./turns.ts";
 
 /** Something that excuses failures from when it begins until it ends, and of what was under way meanwhile. */
 class Disturbance {

@@ -4,8 +4,9 @@ import { TrackingUnits } from "../driver/units.ts";
 import type { GuestRegion } from "../memory/guest-memory.ts";
 import { TU_PINNED } from "../wire/dtt.ts";
 import type { Guest } from "./guest.ts";
+import { type Operation, Process } from "./process.ts";
 import { SteppedMemory } from "./stepped-memory.ts";
-import { type Operation, Process, type Turns } from "./turn.ts";
+import type { Turns } from "./turns.ts";
 
 /** A guest CPU that writes garbage into what guest and host share: the table, the queue, the device's registers. */
 export class Saboteur {

@@ -2,7 +2,9 @@ import assert from "node:assert/strict";
 import test from "node:test";
 import { InvariantViolation } from "../base/errors.ts";
 import { milliseconds } from "../base/units.ts";
-import { type Operation, Process, type Schedule, step, Turns, Violation } from "./turn.ts";
+import { type Operation, Process } from "./process.ts";
+import { step, Violation } from "./turn.ts";
+import { type Schedule, Turns } from "./turns.ts";
 
 /** Everyone in turn: each step is taken by another actor than the last, if there is one. */
 const roundRobin: Schedule = {

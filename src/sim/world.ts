@@ -15,7 +15,8 @@ import { type FakeHost, HOST_BASE } from "./fake-host.ts";
 import { Guest } from "./guest.ts";
 import { GuestCpu } from "./guest-cpu.ts";
 import { Saboteur } from "./saboteur.ts";
-import { type Schedule, Turns, Violation } from "./turn.ts";
+import { Violation } from "./turn.ts";
+import { type Schedule, Turns } from "./turns.ts";
 
 /** How a world is made: everything that a seed decides, beside the schedule. */
 export interface Settings {
