@@ -34,14 +34,14 @@ export function prpPieces(memory: GuestAccess, prp1: number, prp2: number, lengt
     left -= size;
   };
 
-  // "The first PRP entry … may have a non-zero offset"; it addresses dwords.
+  // Only the first entry may begin within a page; it addresses dwords.
   page(aligned(prp1, 4));
   if (left === 0) return pieces; // PRP2 is reserved
   if (left <= NVME_PAGE_SIZE) {
     page(aligned(prp2, NVME_PAGE_SIZE));
     return pieces;
   }
-  // "The first PRP List entry … shall be Qword aligned and may also have a non-zero offset"; later lists fill pages.
+  // The first list may begin within a page, at a qword; later lists fill pages.
   let list = aligned(prp2, PrpEntry.size);
   while (left > 0) {
     const room = (NVME_PAGE_SIZE - (list % NVME_PAGE_SIZE)) / PrpEntry.size;
@@ -49,7 +49,7 @@ export function prpPieces(memory: GuestAccess, prp1: number, prp2: number, lengt
     const raw = new Uint8Array(PrpEntry.size * Math.min(room, needed));
     memory.read(list, raw);
     const entry = (i: number) => aligned(PrpEntry.read(raw, PrpEntry.size * i).address, NVME_PAGE_SIZE);
-    // "If more PRP List pages are required, then the last entry … contains the … address of the next PRP List page."
+    // The last entry of a full page leads to the next page of the list, if there is one.
     const data = needed > room ? room - 1 : needed;
     for (let i = 0; i < data; i++) page(entry(i));
     if (needed > room) list = entry(room - 1);
