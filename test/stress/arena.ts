@@ -20,7 +20,7 @@ const TABLE = 12 * 2 ** 20;
 
 // Words of everybody.
 const CONTROL = 8 * 2 ** 20;
-/** Processes that are set up; guests that have done what they must, and go on until all have; that have unmapped all. */
+/** Processes that are set up; that have done what they must, and go on until all have; guests that have unmapped all. */
 export const READY = CONTROL;
 export const DONE = CONTROL + 64;
 export const GONE = CONTROL + 128;
@@ -44,8 +44,9 @@ export interface Orders {
   readonly guests: number;
   readonly processes: number;
   readonly id: number;
-  /** At least. */
+  /** Of each guest, and of the host, at least. */
   readonly maps: number;
+  readonly unpins: number;
   readonly seed: number;
   /** Between the starts of two unpin passes, at least. */
   readonly pauseMs: number;

@@ -121,7 +121,7 @@ int main(int argc, char **argv)
 	atomic_inc_return((atomic_t *)(shim_ram + READY));
 	while (load(shim_ram + READY) < (int)processes)
 		sched_yield();
-	for (n = 0; n < maps || load(shim_ram + DONE) < (int)processes - 1; n++) {
+	for (n = 0; n < maps || load(shim_ram + DONE) < (int)processes; n++) {
 		if (n == maps)
 			atomic_inc_return((atomic_t *)(shim_ram + DONE));
 		unmap(&mappings[n % MAPPINGS]);

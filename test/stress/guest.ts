@@ -88,7 +88,7 @@ function ask(gfn: number, frames: number): boolean {
 
 const mappings = Array.from({ length: MAPPINGS }, () => new Mapping());
 meet(memory, READY, orders.processes);
-for (let n = 0; n < orders.maps || memory.load32(DONE) < orders.guests; n++) {
+for (let n = 0; n < orders.maps || memory.load32(DONE) < orders.processes; n++) {
   if (n === orders.maps) memory.add32(DONE, 1);
   const mapping = mappings[n % MAPPINGS]!;
   mapping.unmap();

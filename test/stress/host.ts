@@ -12,6 +12,7 @@ import { TU_PINNED } from "../../src/wire/dtt.ts";
 import {
   ANSWERED,
   ASKED,
+  DONE,
   GONE,
   type HostTotals,
   heldWord,
@@ -92,7 +93,12 @@ function serve(): boolean {
 
 meet(memory, READY, orders.processes);
 let next = monotonicClock.now();
+let done = false;
 while (memory.load32(GONE) < orders.guests) {
+  if (!done && count.framesUnpinned >= orders.unpins) {
+    memory.add32(DONE, 1);
+    done = true;
+  }
   if (tracker.slice() || serve()) continue;
   rest();
   if (monotonicClock.now() < next) continue;
