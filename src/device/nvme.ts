@@ -100,7 +100,7 @@ export class NvmeController {
   /** The Completion Queue `id` Head Doorbell is written. */
   complete(id: number, head: number): void {
     const q = this.#queues.get(id);
-    // The same: "remove a completion queue entry from an empty Completion Queue".
+    // The same: takes entries off an empty queue.
     if (!q || !valid(q.size, head) || distance(q.size, q.completionHead, head) > posted(q))
       this.#counters.errors++;
     else q.completionHead = head;

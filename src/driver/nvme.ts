@@ -29,8 +29,8 @@ export interface NvmeRequest {
   /** First block, of 512 bytes. */
   readonly block: number;
   /**
-   * Empty for a flush, else whole blocks, no more than the controller's MDTS. Only the first may begin, at a multiple of 4, and only the last end
-   * within a frame: what Linux calls the virtual boundary of the queue.
+   * Empty for a flush, else whole blocks, no more than the controller's MDTS. Only the first may begin, at a multiple
+   * of 4, and only the last end within a frame: what Linux calls the virtual boundary of the queue.
    */
   readonly buffers: readonly DmaBuffer[];
   /** Called from poll() when the buffers are unmapped; `status` as in wire/nvme.ts, 0 when all is well. */
