@@ -8,7 +8,7 @@ import {
   type DmaSegment,
   type PageAllocator,
 } from "./dma-api.ts";
-import type { FrameRange, PinRequests } from "./pin-requests.ts";
+import type { FrameRange } from "./pin-requests.ts";
 import type { TrackingUnits } from "./units.ts";
 
 /** Frames that `length` bytes from `address` on lie in; as the kernel counts, none only for 0 bytes at a frame's start. */
@@ -48,10 +48,15 @@ export class DirectDma implements DmaApi {
 
 const iovaOf = (gpa: number): Iova => gpa as Iova;
 
+/** Who asks the host. Throws DmaMapFailed unless every frame is seen pinned; the caller has counted them up. */
+export interface PinRequester {
+  pin(endpoint: Bdf, ranges: Iterable<FrameRange>): void;
+}
+
 export interface TrackedDmaOptions {
   readonly direct: DmaApi;
   readonly units: TrackingUnits;
-  readonly requests: PinRequests;
+  readonly requests: PinRequester;
   readonly endpoint: Bdf;
   readonly counters: DriverCounters;
 }
@@ -65,7 +70,7 @@ export interface TrackedDmaOptions {
 export class TrackedDma implements DmaApi {
   readonly #direct: DmaApi;
   readonly #units: TrackingUnits;
-  readonly #requests: PinRequests;
+  readonly #requests: PinRequester;
   readonly #endpoint: Bdf;
   readonly #counters: DriverCounters;
 

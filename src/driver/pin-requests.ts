@@ -22,6 +22,7 @@ import {
 } from "../wire/virtqueue.ts";
 import type { DriverCounters } from "./counters.ts";
 import type { Cpu } from "./cpu.ts";
+import type { PinRequester } from "./dma.ts";
 import { DmaMapFailed } from "./dma-api.ts";
 import type { TrackingUnits } from "./units.ts";
 
@@ -63,7 +64,7 @@ export type FrameRange = readonly [gfn: number, nr: number];
  * PIN requests, docs/abi.md section 3, as guest/linux/pin.c makes them: one at a time over all CPUs, and the answer is
  * polled for. All state is in guest memory, because CPUs share it; the queue's indices are those in its rings.
  */
-export class PinRequests {
+export class PinRequests implements PinRequester {
   readonly #o: PinRequestsOptions;
   readonly #rangesMax: number;
 

@@ -36,6 +36,9 @@ export const PciHeader = struct("pci_header", 64, {
   maxLatency: u8(63),
 });
 
+/** Byte offset of base address register `index`, 0 to 5. */
+export const barRegister = (index: number): number => PciHeader.fields.bar0.at + 4 * index;
+
 /** VIRTIO 1.2 section 4.1.2.1. */
 export const VIRTIO_PCI_VENDOR_ID = 0x1af4;
 export const VIRTIO_PCI_DEVICE_ID_BASE = 0x1040;
