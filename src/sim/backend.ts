@@ -5,11 +5,11 @@ import type { UnpinPolicy } from "../policy/policy.ts";
 import type { BeforeActivation } from "../tracking/life.ts";
 import { SoftwareIommu } from "../tracking/software-iommu.ts";
 import { Tracker, type TrackerOptions, type TrackingCounters } from "../tracking/tracker.ts";
-import { VirtioIommu } from "../virtio/iommu.ts";
-import { VirtioPciFunction } from "../virtio/pci.ts";
+import type { PciFunction } from "../virtio/device.ts";
 import { VIRTIO_IOMMU_S_OK } from "../wire/virtio-iommu.ts";
 import type { Bus } from "./bus.ts";
 import { FakeHost, type HostFaults, type HostObserver } from "./fake-host.ts";
+import type { FrontEnd } from "./front-end.ts";
 import { HostTurn } from "./host-turn.ts";
 import { SteppedMemory, SteppedWords } from "./stepped-memory.ts";
 import { Violation } from "./turn.ts";
@@ -20,6 +20,7 @@ export interface BackendOptions {
   readonly memory: GuestMemory;
   readonly iommu: SharedArrayBuffer;
   readonly bus: Bus;
+  readonly frontEnd: FrontEnd;
   readonly policy: () => UnpinPolicy;
   readonly quota: number;
   readonly beforeActivation: BeforeActivation;
@@ -58,7 +59,7 @@ export class Backend implements Actor {
   #memory: GuestMemory;
   #iommu: SoftwareIommu;
   #tracker: CheckedTracker;
-  #pci: VirtioPciFunction;
+  #pci: PciFunction;
   #job: (() => void) | undefined;
   #rung = false;
   #inPass = false;
@@ -175,8 +176,7 @@ export class Backend implements Actor {
       },
       this.host,
     );
-    const device = new VirtioIommu({ memory, tracker, assigned, pinPage: true, hostError: () => {} });
-    return { memory, iommu, tracker, pci: new VirtioPciFunction(device, memory) };
+    return { memory, iommu, tracker, pci: this.#o.frontEnd.serve({ memory, tracker, assigned }) };
   }
 }
 

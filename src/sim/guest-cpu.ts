@@ -5,10 +5,11 @@ import { DRIVER_COUNTERS, type DriverCounters } from "../driver/counters.ts";
 import { DirectDma, type TrackedDma } from "../driver/dma.ts";
 import { type DmaBuffer, DmaMapFailed, type DmaSegment, type PageAllocator } from "../driver/dma-api.ts";
 import { FramePool } from "../driver/pages.ts";
-import { type DriverCpu, GuestDriver } from "../driver/viommu.ts";
+import type { DriverCpu } from "../driver/viommu.ts";
 import { counters } from "../memory/counters.ts";
 import { VIRTIO_IOMMU_S_IOERR, VIRTIO_IOMMU_S_NOMEM } from "../wire/virtio-iommu.ts";
 import type { Job } from "./dma-engine.ts";
+import type { FrontEndDriver, Places } from "./front-end.ts";
 import type { Guest } from "./guest.ts";
 import { type Operation, Process } from "./process.ts";
 import { SteppedMemory } from "./stepped-memory.ts";
@@ -37,7 +38,7 @@ export class GuestCpu {
   readonly #on: DriverCpu;
   readonly #pool: { readonly first: number; readonly frames: number };
   #pages: FramePool;
-  #driver: GuestDriver | undefined;
+  #driver: FrontEndDriver | undefined;
   #dma: TrackedDma | undefined;
   #mappings: Mapping[] = [];
 
@@ -89,7 +90,7 @@ export class GuestCpu {
   #next(): Operation | undefined {
     const { places, draining, needsRestart, parts } = this.#guest;
     if (!this.#driver) {
-      if (places) this.#use(new GuestDriver(this.#on, places));
+      if (places) this.#use(places);
       else return this.#id === 0 ? this.#boot() : undefined;
     }
     if (this.#id === 0 && needsRestart) return this.#restart();
@@ -106,9 +107,9 @@ export class GuestCpu {
     return this.#mappings.length < MAPPINGS_MAX ? this.#map() : this.#sleep();
   }
 
-  #use(driver: GuestDriver): void {
-    this.#driver = driver;
-    this.#dma = driver.dma(this.#guest.parts.endpoint, new DirectDma(this.#loggedPages()));
+  #use(places: Places): void {
+    this.#driver = this.#guest.parts.frontEnd.open(this.#on, this.#id, places);
+    this.#dma = this.#driver.dma(this.#guest.parts.endpoint, new DirectDma(this.#loggedPages()));
   }
 
   /** Allocation is no step, but must not be done again when the operation is run again. */
@@ -125,13 +126,13 @@ export class GuestCpu {
   #boot(): Operation {
     this.#pages = this.#freshPages();
     const diedAgain = this.#guest.deviceLost.again();
-    const run = () => GuestDriver.activate(this.#on, this.#loggedPages(), this.#guest.parts.cpus);
+    const { frontEnd, cpus } = this.#guest.parts;
     return this.#operation(
-      run,
-      (driver) => {
-        this.#guest.places = driver.places;
+      () => frontEnd.activate(this.#on, this.#loggedPages(), cpus),
+      (places) => {
+        this.#guest.places = places;
         this.#guest.settled(diedAgain());
-        this.#use(driver);
+        this.#use(places);
       },
       () => {},
     );
@@ -141,12 +142,8 @@ export class GuestCpu {
     this.#guest.needsRestart = true;
     this.#guest.pinOff.begin();
     const diedAgain = this.#guest.deviceLost.again();
-    const run = () => {
-      this.#driver!.deactivate();
-      this.#driver!.reactivate(this.#guest.parts.endpoint);
-    };
     return this.#operation(
-      run,
+      () => this.#driver!.restart!(this.#guest.parts.endpoint),
       () => {
         this.#guest.driverRestarts++;
         this.#guest.settled(diedAgain());
@@ -255,7 +252,7 @@ export class GuestCpu {
         "no-memory": true,
         "no-unit": false,
         saturated: false,
-        "not-seen": false,
+        "not-seen": !parts.frontEnd.tellsWhy,
       };
       if (excused[reason]) return;
       throw new Violation(`a mapping failed: ${reason}${status === undefined ? "" : `, status ${status}`}`);

@@ -1,9 +1,9 @@
 import { type Bdf, FRAME_SIZE } from "../base/units.ts";
-import type { DriverPlaces } from "../driver/viommu.ts";
 import type { GuestMemory } from "../memory/guest-memory.ts";
 import type { Bus } from "./bus.ts";
 import type { Checks } from "./checks.ts";
 import type { DmaEngine } from "./dma-engine.ts";
+import type { FrontEnd, Places } from "./front-end.ts";
 import type { Turns } from "./turns.ts";
 
 /** Something that excuses failures from when it begins until it ends, and of what was under way meanwhile. */
@@ -39,6 +39,7 @@ export interface GuestParts {
   readonly turns: Turns;
   readonly bus: Bus;
   readonly checks: Checks;
+  readonly frontEnd: FrontEnd;
   readonly endpoint: Bdf;
   readonly engines: readonly DmaEngine[];
   /** First frame and number of those that buffers lie in; CPUs share them. */
@@ -52,7 +53,7 @@ export interface GuestParts {
 /** What the CPUs of one guest know together. */
 export class Guest {
   /** Set by the CPU that boots, when its driver is active. */
-  places: DriverPlaces | undefined;
+  places: Places | undefined;
   /** The device has been reset behind the driver's back, as a real one tells by an interrupt. */
   needsRestart = false;
   /** The device has forgotten what it was asked: who waits for its answer gives up after a time, and is right to. */

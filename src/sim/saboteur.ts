@@ -49,7 +49,7 @@ export class Saboteur {
     const { places, parts } = this.#guest;
     const { memory, buffers } = parts;
     if (!places) return this.#anywhere();
-    const units = new TrackingUnits(memory, places.table, places.cpus);
+    const units = new TrackingUnits(memory, places.table, parts.cpus);
     const unit = units.find(buffers.first + this.#random(buffers.frames));
     return memory.find(unit, 4) ? unit : this.#anywhere();
   }
@@ -58,7 +58,8 @@ export class Saboteur {
     const { places, parts } = this.#guest;
     const driver = parts.memory.regions[0]!;
     if (!places || this.#random(2) === 0) return driver.gpa + 4 * this.#random(driver.size / 4);
-    const page = [places.table.root, places.queue.desc, places.page][this.#random(3)]!;
+    const pages = [places.table.root, ...places.pages];
+    const page = pages[this.#random(pages.length)]!;
     return page + 4 * this.#random(FRAME_SIZE / 4);
   }
 

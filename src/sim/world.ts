@@ -12,6 +12,7 @@ import { Bus } from "./bus.ts";
 import { Checks } from "./checks.ts";
 import { DmaEngine } from "./dma-engine.ts";
 import { type FakeHost, HOST_BASE } from "./fake-host.ts";
+import { FRONT_ENDS } from "./front-end.ts";
 import { Guest } from "./guest.ts";
 import { GuestCpu } from "./guest-cpu.ts";
 import { Saboteur } from "./saboteur.ts";
@@ -20,6 +21,8 @@ import { type Schedule, Turns } from "./turns.ts";
 
 /** How a world is made: everything that a seed decides, beside the schedule. */
 export interface Settings {
+  /** The PCI function that guest and backend meet at. */
+  readonly frontEnd: keyof typeof FRONT_ENDS;
   readonly cpus: number;
   readonly devices: number;
   /** Frames that buffers lie in: the fewer, the more CPUs and the unpinner meet in one. */
@@ -44,7 +47,8 @@ export interface Settings {
 export function settingsOf(seed: number): Settings {
   const next = random(seed ^ 0x5e77_1265);
   const sometimes = (oneIn: number, value: number) => (next(oneIn) === 0 ? value : 0);
-  return {
+  const settings: Settings = {
+    frontEnd: "virtio-iommu",
     cpus: 1 + next(3),
     devices: 1 + next(2),
     buffers: 2 + next(12),
@@ -59,6 +63,15 @@ export function settingsOf(seed: number): Settings {
     driverRestarts: next(3) === 0,
     hostile: next(5) === 0,
   };
+  if (next(5) > 0) return settings;
+  // Its drivers know no second kick and no second activation, and cannot say that their table is complete.
+  const impossible = {
+    kickLost: 0,
+    backendDies: 0,
+    driverRestarts: false,
+    beforeActivation: "none",
+  } as const;
+  return { ...settings, ...impossible, frontEnd: "crosvm" };
 }
 
 /** Parts that a broken twin replaces. */
@@ -170,7 +183,15 @@ export class World {
         }),
     );
     this.#guest = new Guest({
-      ...{ memory: this.#memory, turns, bus: this.#bus, checks, endpoint: ENDPOINT, engines: this.#engines },
+      ...{
+        memory: this.#memory,
+        turns,
+        bus: this.#bus,
+        checks,
+        frontEnd: FRONT_ENDS[settings.frontEnd],
+        endpoint: ENDPOINT,
+        engines: this.#engines,
+      },
       ...{
         buffers: { first: BUFFERS_FIRST, frames: settings.buffers },
         cpus: settings.cpus,
@@ -229,6 +250,7 @@ export class World {
       memory: this.#memory,
       iommu: this.#iommu,
       bus: this.#bus,
+      frontEnd: FRONT_ENDS[settings.frontEnd],
       policy: () => new LruPolicy(),
       quota: settings.quota,
       beforeActivation: settings.beforeActivation,

@@ -1,0 +1,72 @@
+import type { Bdf, Gpa } from "../base/units.ts";
+import { CrosvmDriver, type CrosvmPlaces } from "../driver/crosvm.ts";
+import type { TrackedDma } from "../driver/dma.ts";
+import type { DmaApi, PageAllocator } from "../driver/dma-api.ts";
+import type { TableGeometry } from "../driver/table.ts";
+import { type DriverCpu, type DriverPlaces, GuestDriver } from "../driver/viommu.ts";
+import type { GuestMemory } from "../memory/guest-memory.ts";
+import type { Tracker } from "../tracking/tracker.ts";
+import { CrosvmFunction } from "../virtio/crosvm-function.ts";
+import type { PciFunction } from "../virtio/device.ts";
+import { VirtioIommu } from "../virtio/iommu.ts";
+import { VirtioPciFunction } from "../virtio/pci.ts";
+
+/** A guest driver on one CPU, whichever function it drives. */
+export interface FrontEndDriver {
+  dma(endpoint: Bdf, direct: DmaApi): TrackedDma;
+  /** Take the table up again: of a driver that can. */
+  restart?(endpoint: Bdf): void;
+}
+
+/** Where a driver has put things. */
+export interface Places<Own = unknown> {
+  readonly own: Own;
+  readonly table: TableGeometry;
+  /** Pages in which it and the device meet, beside the table. */
+  readonly pages: readonly Gpa[];
+}
+
+/** One of the PCI functions that the backend answers as, and its driver. */
+export interface FrontEnd<Own = unknown> {
+  /** Whether a driver learns why it was refused; otherwise it only sees that P is clear. */
+  readonly tellsWhy: boolean;
+  serve(o: { memory: GuestMemory; tracker: Tracker; assigned: ReadonlySet<Bdf> }): PciFunction;
+  /** On CPU 0. */
+  activate(on: DriverCpu, pages: PageAllocator, cpus: number): Places<Own>;
+  open(on: DriverCpu, cpu: number, places: Places<Own>): FrontEndDriver;
+}
+
+const virtioIommu: FrontEnd<DriverPlaces> = {
+  tellsWhy: true,
+  serve: (o) =>
+    new VirtioPciFunction(new VirtioIommu({ ...o, pinPage: true, hostError: () => {} }), o.memory),
+  activate(on, pages, cpus) {
+    const own = GuestDriver.activate(on, pages, cpus).places;
+    return { own, table: own.table, pages: [own.queue.desc, own.page] };
+  },
+  open(on, _, { own }) {
+    const driver = new GuestDriver(on, own);
+    return {
+      dma: (endpoint, direct) => driver.dma(endpoint, direct),
+      restart(endpoint) {
+        driver.deactivate();
+        driver.reactivate(endpoint);
+      },
+    };
+  },
+};
+
+const crosvm: FrontEnd<CrosvmPlaces> = {
+  tellsWhy: false,
+  serve: (o) => new CrosvmFunction({ ...o, hostError: () => {} }),
+  activate(on, pages, cpus) {
+    const own = CrosvmDriver.activate(on, pages, cpus).places;
+    return { own, table: own.table, pages: own.lists };
+  },
+  open: (on, cpu, { own }) => new CrosvmDriver(on, cpu, own),
+};
+
+export const FRONT_ENDS = { "virtio-iommu": virtioIommu, crosvm } as Record<
+  "virtio-iommu" | "crosvm",
+  FrontEnd
+>;
