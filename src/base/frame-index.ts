@@ -28,6 +28,12 @@ export class FrameIndex {
     return this.#gfns.length;
   }
 
+  /** Ids given so far are below this, in use or not. */
+  get ids(): number {
+    return this.#fresh;
+  }
+
+  /** -1 for an id that is not in use any more. */
   gfn(id: number): Gfn {
     return this.#gfns[id]! as Gfn;
   }

@@ -1,5 +1,6 @@
 import { monotonicClock } from "../host/clock.ts";
 import { createPolicy } from "../policy/registry.ts";
+import { meanPinned } from "../tracking/counters.ts";
 import type { Machine, MachineEnd, MachineOptions, Worked } from "./machine.ts";
 import type { RunResult } from "./result.ts";
 import type { Workload } from "./workload.ts";
@@ -128,7 +129,6 @@ function sample({ pins }: Machine, { strategy }: RunOptions, ms: number): RunRes
 
 function pinsOf({ pins }: Machine, { strategy, quota }: RunOptions): RunResult["pins"] {
   const tracked = strategy === "coiommu";
-  const now = monotonicClock.now();
   return {
     requests: tracked ? pins.pinRequests : null,
     refused: tracked ? pins.pinRequestsRefused : null,
@@ -137,7 +137,7 @@ function pinsOf({ pins }: Machine, { strategy, quota }: RunOptions): RunResult["
     framesFirmware: tracked ? pins.framesFirmware : null,
     framesSpeculative: null,
     framesPeak: pins.framesPeak,
-    framesMean: round((pins.frameTime + pins.framesNow * (now - pins.changedAt)) / (now - pins.startedAt)),
+    framesMean: round(meanPinned(pins, monotonicClock.now())),
     framesAtEnd: pins.framesNow,
     quotaFrames: Number.isFinite(quota) ? quota : null,
   };

@@ -1,5 +1,5 @@
 import { NotGuestRam, ProtocolError } from "../base/errors.ts";
-import { FRAME_SIZE, type Gpa } from "../base/units.ts";
+import { FRAME_SIZE, type Gfn, type Gpa, gfnOf, gpaOf } from "../base/units.ts";
 
 /** A contiguous range of guest RAM, mapped into this process. */
 export interface GuestRegion {
@@ -44,6 +44,11 @@ function mapped({ gpa, size, hostAddress, bytes }: GuestRegion): Mapped {
     halves: new Uint16Array(bytes.buffer, bytes.byteOffset, size / 2),
   };
 }
+
+const covers = (outer: GuestRegion, inner: GuestRegion): boolean =>
+  outer.gpa <= inner.gpa &&
+  inner.gpa + inner.size <= outer.gpa + outer.size &&
+  outer.hostAddress - outer.gpa === inner.hostAddress - inner.gpa;
 
 /** What was used last when nothing was. */
 const NONE = mapped({ gpa: 0 as Gpa, size: 0, hostAddress: 0, bytes: new Uint8Array(0) });
@@ -97,6 +102,25 @@ export class GuestMemory implements GuestAccess {
   hostAddress(gpa: number): number {
     const r = this.#at(gpa, 1);
     return r.hostAddress + (gpa - r.gpa);
+  }
+
+  /** Frames of RAM below `end`. */
+  framesBelow(end: Gfn): Gfn[] {
+    return this.#regions.flatMap((r) => {
+      const first = gfnOf(r.gpa);
+      const count = Math.min(end, gfnOf(r.end)) - first;
+      return Array.from({ length: Math.max(0, count) }, (_, i) => (first + i) as Gfn);
+    });
+  }
+
+  /** Of `gfns`, which are RAM, those that `regions` would back with other memory, or with none. */
+  backedOtherwise(regions: readonly GuestRegion[], gfns: Iterable<Gfn>): Gfn[] {
+    if (this.#regions.every((r) => regions.some((n) => covers(n, r)))) return [];
+    const next = new GuestMemory(regions);
+    return [...gfns].filter((gfn) => {
+      const gpa = gpaOf(gfn);
+      return !next.find(gpa, FRAME_SIZE) || next.hostAddress(gpa) !== this.hostAddress(gpa);
+    });
   }
 
   read(gpa: number, into: Uint8Array): void {

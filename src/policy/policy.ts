@@ -46,7 +46,10 @@ export interface UnpinPolicy {
   readonly parameters: Readonly<Record<string, number | string>>;
   /** A frame was pinned. O(1), must not throw. */
   pinned(gfn: Gfn, now: Nanoseconds): void;
-  /** What became of a frame that candidates() gave, or that was unpinned for another reason ("gone"). O(1). */
+  /**
+   * What became of a frame that candidates() gave, or that went without having been given. O(1). A policy that took the
+   * place of another ignores frames that it has not been told of yet.
+   */
   tried(gfn: Gfn, outcome: Claim, now: Nanoseconds): void;
   /**
    * Append up to `framesMax` frames to try in the pass that began at `now`. Called again with the same `now` until it

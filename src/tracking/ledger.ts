@@ -1,6 +1,7 @@
 import { InvariantViolation } from "../base/errors.ts";
 import { FrameIndex, grown } from "../base/frame-index.ts";
 import type { Gfn } from "../base/units.ts";
+import type { GfnBuffer } from "../policy/policy.ts";
 
 /** Generation of frames that no table ever claimed: firmware's. */
 export const NO_TABLE = 0;
@@ -28,13 +29,15 @@ export class Ledger {
     return this.#frames.find(gfn) >= 0;
   }
 
-  add(gfn: Gfn, handle: number, generation: number): void {
+  /** Returns the frame's slot. */
+  add(gfn: Gfn, handle: number, generation: number): number {
     const id = this.#frames.insert(gfn);
     this.#handles = grown(this.#handles, this.#frames.capacity);
     this.#generations = grown(this.#generations, this.#frames.capacity);
     this.#handles[id] = handle;
     this.#generations[id] = generation;
     this.#peak = Math.max(this.#peak, this.#frames.size);
+    return id;
   }
 
   /** Returns the handle of the frame's pin, which the caller has released. */
@@ -54,6 +57,26 @@ export class Ledger {
 
   claim(gfn: Gfn, generation: number): void {
     this.#generations[this.#idOf(gfn)] = generation;
+  }
+
+  /** A frame keeps its slot, below this, while it is pinned: for walks in slices. */
+  get slots(): number {
+    return this.#frames.ids;
+  }
+
+  at(slot: number): Gfn | undefined {
+    const gfn = this.#frames.gfn(slot);
+    return gfn < 0 ? undefined : gfn;
+  }
+
+  /** Frames of [first, end) in `slots` slots from `from` on. Returns the slot to go on with, or null. */
+  collect(first: number, end: number, from: number, slots: number, out: GfnBuffer): number | null {
+    const to = Math.min(from + slots, this.slots);
+    for (let slot = from; slot < to; slot++) {
+      const gfn = this.at(slot);
+      if (gfn !== undefined && gfn >= first && gfn < end) out.push(gfn);
+    }
+    return to < this.slots ? to : null;
   }
 
   frames(): Iterable<Gfn> {

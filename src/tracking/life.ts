@@ -6,7 +6,8 @@
  * - frozen: the driver has gone, its devices may still write. Nothing is pinned or unpinned.
  * - static: everything is pinned, as without coIOMMU.
  */
-export type Life = "undecided" | "tracked" | "frozen" | "static";
+export const LIVES = ["undecided", "tracked", "frozen", "static"] as const;
+export type Life = (typeof LIVES)[number];
 export type LifeEvent = "pin-on" | "pin-off" | "device-reset" | "machine-reset";
 
 /** `--before-activation`: what is pinned while the guest is undecided. */

@@ -16,8 +16,11 @@ export class Pins {
   readonly #memory: GuestMemory;
   readonly #pinner: Pinner;
   readonly #iommu: SoftwareIommu;
-  readonly #policy: UnpinPolicy;
   readonly #clock: Clock;
+  #policy: UnpinPolicy;
+  #policySince: Nanoseconds;
+  /** The policy has been told of the frames in the ledger's slots below this. */
+  #told = Number.POSITIVE_INFINITY;
   #addresses = new Float64Array(256);
   #handles = new Int32Array(256);
   /** Pins that had to go while the host refused to let go of them: of no frame any more, tried again later. */
@@ -35,6 +38,30 @@ export class Pins {
     this.#iommu = o.iommu;
     this.#policy = o.policy;
     this.#clock = o.clock;
+    this.#policySince = o.clock.now();
+  }
+
+  get policy(): UnpinPolicy {
+    return this.#policy;
+  }
+
+  /** It is told of what is pinned by and by: see tellPolicy(). */
+  setPolicy(policy: UnpinPolicy): void {
+    this.#policy = policy;
+    this.#policySince = this.#clock.now();
+    this.#told = 0;
+  }
+
+  /** Tell a policy that came late of `slots` more slots. False when it had been told of all. */
+  tellPolicy(slots: number): boolean {
+    if (this.#told === Number.POSITIVE_INFINITY) return false;
+    const end = Math.min(this.#told + slots, this.ledger.slots);
+    for (; this.#told < end; this.#told++) {
+      const gfn = this.ledger.at(this.#told);
+      if (gfn !== undefined) this.#policy.pinned(gfn, this.#policySince);
+    }
+    if (end === this.ledger.slots) this.#told = Number.POSITIVE_INFINITY;
+    return true;
   }
 
   /** Pages pinned. */
@@ -53,10 +80,14 @@ export class Pins {
     this.#pinner.pin(this.#addresses, gfns.length, this.#handles);
     const now = this.#clock.now();
     gfns.forEach((gfn, i) => {
-      this.ledger.add(gfn, this.#handles[i]!, generation);
-      this.#iommu.allow(gfn);
-      this.#policy.pinned(gfn, now);
+      this.#hold(gfn, this.#handles[i]!, generation, now);
     });
+  }
+
+  #hold(gfn: Gfn, handle: number, generation: number, now: Nanoseconds): void {
+    const slot = this.ledger.add(gfn, handle, generation);
+    this.#iommu.allow(gfn);
+    if (slot < this.#told) this.#policy.pinned(gfn, now);
   }
 
   /** Take over pins that an earlier backend made and did not release; the host still holds them. */
@@ -67,9 +98,7 @@ export class Pins {
         this.#orphans.push(handle);
         continue;
       }
-      this.ledger.add(gfn, handle, NO_TABLE);
-      this.#iommu.allow(gfn);
-      this.#policy.pinned(gfn, now);
+      this.#hold(gfn, handle, NO_TABLE, now);
     }
   }
 

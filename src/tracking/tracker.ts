@@ -2,8 +2,7 @@ import type { Clock } from "../base/clock.ts";
 import { HostError } from "../base/errors.ts";
 import { FrameIndex, grown } from "../base/frame-index.ts";
 import { FRAME_SIZE, GFN_LIMIT, type Gfn, type Gpa, gpaOf, type Nanoseconds } from "../base/units.ts";
-import type { Counters } from "../memory/counters.ts";
-import { GuestMemory, type GuestRegion } from "../memory/guest-memory.ts";
+import type { GuestMemory, GuestRegion } from "../memory/guest-memory.ts";
 import { type Claim, GfnBuffer, type UnpinPolicy } from "../policy/policy.ts";
 import {
   VIRTIO_IOMMU_S_FAULT,
@@ -13,42 +12,27 @@ import {
   VIRTIO_IOMMU_S_RANGE,
   VIRTIO_IOMMU_S_UNSUPP,
 } from "../wire/virtio-iommu.ts";
+import { countPinned, type TrackingCounters } from "./counters.ts";
 import { DmaTrackingTable, NO_UNIT, type Unit } from "./dtt.ts";
 import { type Ledger, NO_TABLE } from "./ledger.ts";
-import { type BeforeActivation, initialLife, type Life, type LifeEvent, nextLife } from "./life.ts";
+import { type BeforeActivation, initialLife, LIVES, type Life, type LifeEvent, nextLife } from "./life.ts";
 import type { Pinner } from "./pinner.ts";
 import { Pins } from "./pins.ts";
 import type { SoftwareIommu } from "./software-iommu.ts";
 import { StaticPins } from "./static-pins.ts";
 
-export const TRACKING_COUNTERS = [
-  "pinRequests",
-  "pinRequestsRefused",
-  "framesPinned",
-  "framesUnpinned",
-  "framesFirmware",
-  "framesNow",
-  "framesPeak",
-  /** Integral of framesNow over time, in frame-nanoseconds, up to `changedAt`. */
-  "frameTime",
-  "changedAt",
-  "startedAt",
-  "kernelPagesPeak",
-  "passes",
-  /** Frames that the last complete pass found mapped. */
-  "framesMapped",
-] as const;
-export type TrackingCounters = Counters<(typeof TRACKING_COUNTERS)[number]>;
+export { TRACKING_COUNTERS, type TrackingCounters } from "./counters.ts";
 
 /** Frames in one slice of an unpin pass: what a PIN request may have to wait for. */
 const SLICE_FRAMES = 256;
-/** The low 1 MiB, where firmware keeps what it lets devices touch. */
-const FIRMWARE_WINDOW_FRAMES = 256;
+/** Below 1 MiB firmware keeps what it lets devices touch. */
+const FIRMWARE_WINDOW_END = 256 as Gfn;
 
 export interface TrackerOptions {
   readonly memory: GuestMemory;
   readonly pinner: Pinner;
   readonly iommu: SoftwareIommu;
+  /** At first, as the quota. */
   readonly policy: UnpinPolicy;
   readonly clock: Clock;
   readonly counters: TrackingCounters;
@@ -72,7 +56,9 @@ export class Tracker {
   #life: Life;
   #generation = NO_TABLE;
   #complete = false;
+  #quota: number;
   #parks = 0;
+  #parkedByOperator = false;
   #passAt: Nanoseconds | undefined;
   #passMapped = 0;
 
@@ -87,18 +73,20 @@ export class Tracker {
   constructor(options: TrackerOptions) {
     this.#o = options;
     this.#life = initialLife(options.beforeActivation);
+    this.#quota = options.quota;
     this.#pins = new Pins(options);
     this.#ledger = this.#pins.ledger;
     this.#static = new StaticPins(options.memory, options.pinner, options.iommu);
     options.counters.startedAt = options.counters.changedAt = options.clock.now();
     options.iommu.setGranting(this.#granting);
+    this.#show();
   }
 
   get life(): Life {
     return this.#life;
   }
   get quota(): number {
-    return this.#o.quota;
+    return this.#quota;
   }
   /** Frames pinned now, statically or on request. */
   get pinned(): number {
@@ -109,6 +97,9 @@ export class Tracker {
     return this.#ledger.frames();
   }
   get parked(): boolean {
+    return this.parkedByGuest || this.#parkedByOperator;
+  }
+  get parkedByGuest(): boolean {
     return this.#parks > 0;
   }
   get active(): boolean {
@@ -122,7 +113,7 @@ export class Tracker {
    * state wants pinned without a request is pinned. Throws HostError when that fails; the memory is known all the same.
    */
   setMemory(regions: readonly GuestRegion[]): void {
-    this.#drop(this.#backedOtherwise(regions));
+    this.#drop(this.#o.memory.backedOtherwise(regions, this.#ledger.frames()));
     this.#o.memory.setRegions(regions);
     this.#pins.releaseOrphans();
     this.#pinUnasked();
@@ -136,18 +127,8 @@ export class Tracker {
     this.#pins.adopt(pins);
     this.#life = "frozen";
     this.#o.iommu.setGranting(this.#granting);
+    this.#show();
     this.#changed();
-  }
-
-  /** Frames held that `regions` would back with other memory, or with none. */
-  #backedOtherwise(regions: readonly GuestRegion[]): Gfn[] {
-    const { memory } = this.#o;
-    if (memory.regions.every((r) => regions.some((n) => covers(n, r)))) return [];
-    const next = new GuestMemory(regions);
-    return [...this.#ledger.frames()].filter((gfn) => {
-      const gpa = gpaOf(gfn);
-      return !next.find(gpa, FRAME_SIZE) || next.hostAddress(gpa) !== memory.hostAddress(gpa);
-    });
   }
 
   /** PIN on. False when the table is not valid. */
@@ -157,7 +138,6 @@ export class Tracker {
     this.#table = openTable(memory, root as Gpa, levels);
     this.#generation++;
     this.#complete = complete;
-    this.#parks = 0;
     this.#enter("pin-on");
     return true;
   }
@@ -179,10 +159,12 @@ export class Tracker {
 
   park(): void {
     this.#parks++;
+    this.#show();
   }
 
   unpark(): void {
     this.#parks = Math.max(0, this.#parks - 1);
+    this.#show();
   }
 
   /** A device touched `gfn`, which is not pinned. Granted only while the guest is undecided. */
@@ -190,7 +172,7 @@ export class Tracker {
     if (!this.#granting || !this.#o.memory.find(gpaOf(gfn), FRAME_SIZE)) return false;
     if (this.#ledger.has(gfn)) return true;
     // A guest without a driver could make its devices touch all of its memory.
-    if (this.pinned >= this.#o.quota) return false;
+    if (this.pinned >= this.#quota) return false;
     try {
       this.#pinFirmware([gfn]);
       return true;
@@ -200,6 +182,39 @@ export class Tracker {
     } finally {
       this.#changed();
     }
+  }
+
+  // --- the operator's word ---------------------------------------------------------------------------------------
+
+  /** A pass that is under way ends. The new policy is told of what is pinned, in slices, when the next pass begins. */
+  setPolicy(policy: UnpinPolicy): void {
+    this.#pins.setPolicy(policy);
+    this.#passAt = undefined;
+  }
+
+  /** Below what is pinned, it refuses new pins until that has fallen; nothing is torn out. */
+  setQuota(frames: number): void {
+    this.#quota = frames;
+    this.#show();
+  }
+
+  /** Beside the guest's parks, and through resets. */
+  parkByOperator(parked: boolean): void {
+    this.#parkedByOperator = parked;
+    this.#show();
+  }
+
+  /**
+   * One slice of an unpin of what is idle in [first, end), lately accessed or not: how many frames went, and how many
+   * stayed. `from` is 0, then the `next` of the slice before; null when there is no more.
+   */
+  unpinIdle(first: number, end: number, from: number) {
+    if (from === 0) this.#beforePass();
+    this.#candidates.clear();
+    const next = this.#ledger.collect(first, end, from, SLICE_FRAMES, this.#candidates);
+    const unpinned = this.parked ? 0 : this.#unpinCandidates(this.#o.clock.now(), true);
+    this.#changed();
+    return { unpinned, stayed: this.#candidates.length - unpinned, next };
   }
 
   // --- PIN request -----------------------------------------------------------------------------------------------
@@ -247,7 +262,7 @@ export class Tracker {
   #pinFresh(count: number): number {
     for (let attempt = 0; ; attempt++) {
       this.#collectFresh(count);
-      const tight = this.pinned + this.#fresh.size > this.#o.quota;
+      const tight = this.#fresh.size > 0 && this.pinned + this.#fresh.size > this.#quota;
       if (!tight) {
         try {
           this.#pins.pin([...this.#fresh], this.#generation);
@@ -279,6 +294,10 @@ export class Tracker {
     this.#passAt = this.#o.clock.now();
     this.#passMapped = 0;
     this.#o.counters.passes++;
+    this.#beforePass();
+  }
+
+  #beforePass(): void {
     this.sampleKernel();
     this.#pins.releaseOrphans();
   }
@@ -286,6 +305,10 @@ export class Tracker {
   /** One slice of the pass. True while there is more. */
   slice(): boolean {
     if (this.#passAt === undefined) return false;
+    if (this.#pins.tellPolicy(SLICE_FRAMES)) {
+      this.#passAt = this.#o.clock.now(); // it begins when its policy knows all
+      return true;
+    }
     const more = !this.parked && this.#slice(this.#passAt);
     if (!more) {
       this.#passAt = undefined;
@@ -296,21 +319,30 @@ export class Tracker {
   }
 
   #slice(now: Nanoseconds): boolean {
-    const { policy, counters } = this.#o;
     this.#candidates.clear();
-    policy.candidates(now, { framesMax: SLICE_FRAMES }, this.#candidates);
+    this.#pins.policy.candidates(now, { framesMax: SLICE_FRAMES }, this.#candidates);
+    this.#unpinCandidates(now, false);
+    return this.#candidates.length > 0;
+  }
+
+  /** Returns how many went. `accessed`: also those that were mapped lately; then it is no try of the policy's. */
+  #unpinCandidates(now: Nanoseconds, accessed: boolean): number {
     this.#claimed.clear();
     for (let i = 0; i < this.#candidates.length; i++) {
       const gfn = this.#candidates.at(i);
-      const outcome = this.#claim(gfn);
-      if (outcome === "mapped") this.#passMapped++;
+      let outcome = this.#claim(gfn);
+      // That has cleared A.
+      if (accessed && outcome === "accessed") outcome = this.#claim(gfn);
       if (outcome === "claimed") this.#claimed.push(gfn);
-      else policy.tried(gfn, outcome, now);
+      else if (!accessed) {
+        if (outcome === "mapped") this.#passMapped++;
+        this.#pins.policy.tried(gfn, outcome, now);
+      }
     }
     const unpinned = this.#pins.unpin(this.#claimed, now);
     for (let i = unpinned; i < this.#claimed.length; i++) this.#unclaim(this.#claimed.at(i));
-    counters.framesUnpinned += unpinned;
-    return this.#candidates.length > 0;
+    this.#o.counters.framesUnpinned += unpinned;
+    return unpinned;
   }
 
   #claim(gfn: Gfn): Claim {
@@ -335,9 +367,9 @@ export class Tracker {
 
   /** Unpin now all that may be: for a request that would not fit. True if anything was unpinned. */
   #unpinAll(): boolean {
-    this.sampleKernel();
     const before = this.#pins.size;
-    this.#pins.releaseOrphans();
+    this.#beforePass();
+    while (this.#pins.tellPolicy(SLICE_FRAMES));
     // The first pass clears A, the second unpins what was idle.
     for (let pass = 0; pass < 2 && !this.parked; pass++) {
       const now = this.#o.clock.now();
@@ -356,14 +388,9 @@ export class Tracker {
 
   /** Throws HostError. */
   #pinFirmwareWindow(): void {
-    const missing: Gfn[] = [];
-    for (const r of this.#o.memory.regions) {
-      const end = Math.min(FIRMWARE_WINDOW_FRAMES, (r.gpa + r.size) / FRAME_SIZE);
-      for (let gfn = r.gpa / FRAME_SIZE; gfn < end; gfn++)
-        if (!this.#ledger.has(gfn as Gfn)) missing.push(gfn as Gfn);
-    }
+    const missing = this.#o.memory.framesBelow(FIRMWARE_WINDOW_END).filter((gfn) => !this.#ledger.has(gfn));
     // What is left out for the quota's sake is pinned when a device touches it.
-    this.#pinFirmware(missing.slice(0, Math.max(0, this.#o.quota - this.pinned)));
+    this.#pinFirmware(missing.slice(0, Math.max(0, this.#quota - this.pinned)));
   }
 
   #pinFirmware(gfns: readonly Gfn[]): void {
@@ -402,20 +429,22 @@ export class Tracker {
 
   #enter(event: LifeEvent): void {
     this.#life = nextLife(this.#life, event, this.#o.beforeActivation);
+    this.#parks = 0;
+    this.#show();
     this.#o.iommu.setGranting(this.#granting);
   }
 
+  /** To observers. */
+  #show(): void {
+    Object.assign(this.#o.counters, {
+      life: LIVES.indexOf(this.#life),
+      parks: this.#parks,
+      parkedByOperator: Number(this.#parkedByOperator),
+      quota: this.#quota,
+    });
+  }
+
   #changed(): void {
-    const { counters, clock } = this.#o;
-    const now = clock.now();
-    counters.frameTime += counters.framesNow * (now - counters.changedAt);
-    counters.changedAt = now;
-    counters.framesNow = this.pinned;
-    counters.framesPeak = Math.max(counters.framesPeak, this.pinned);
+    countPinned(this.#o.counters, this.pinned, this.#o.clock.now());
   }
 }
-
-const covers = (outer: GuestRegion, inner: GuestRegion): boolean =>
-  outer.gpa <= inner.gpa &&
-  inner.gpa + inner.size <= outer.gpa + outer.size &&
-  outer.hostAddress - outer.gpa === inner.hostAddress - inner.gpa;

@@ -9,6 +9,8 @@ export interface VirtioDevice {
   /** Largest size of each queue. */
   readonly queueSizes: readonly number[];
   readonly configSize: number;
+  /** Changes of the device configuration that no write of the driver's made. */
+  readonly configGeneration: number;
   /** Whether these features, a subset of those offered, may go together (FEATURES_OK). */
   accepts(features: bigint): boolean;
   /** FEATURES_OK: the features are final. */

@@ -19,6 +19,7 @@ import {
   VERSION_1,
   viommu,
 } from "../../test/support/viommu.ts";
+import { VirtioPciCommonCfg } from "../wire/pci.ts";
 import {
   Config,
   PIN_CONTROL_OFF as OFF,
@@ -26,6 +27,7 @@ import {
   PIN_CONTROL_PARK as PARK,
   PIN_CONTROL_UNPARK as UNPARK,
 } from "../wire/virtio-iommu.ts";
+import { VirtioPciFunction } from "./pci.ts";
 
 // --- features and configuration -------------------------------------------------------------------------------------
 
@@ -206,6 +208,38 @@ test("parks nest: unpinning goes on after as many unparks", () => {
   assert.deepEqual(control(UNPARK), [1, false]);
   assert.deepEqual(control(UNPARK), [1, false], "one too many changes nothing");
   assert.deepEqual(control(PARK), [2, true], "and does not count against the next park");
+});
+
+test("what the operator parks is no park of the guest's: pin_status is as without", () => {
+  const r = activeViommu();
+  r.tracker.parkByOperator(true);
+  r.set("pinControl", PARK);
+  assert.equal(r.get("pinStatus"), 2);
+  r.set("pinControl", UNPARK);
+  assert.deepEqual([r.get("pinStatus"), r.tracker.parked], [1, true]);
+  r.set("pinControl", ON);
+  assert.deepEqual([r.get("pinStatus"), r.tracker.parked], [1, true]);
+});
+
+test("pin_quota tells of a new quota, and the configuration has another generation then", () => {
+  const r = activeViommu({ quota: 1000 });
+  const pci = new VirtioPciFunction(r.device, r.memory);
+  const generation = () => pci.barRead(VirtioPciCommonCfg.fields.configGeneration.at, 1);
+  assert.deepEqual([r.get("pinQuota"), generation()], [1000, 0n]);
+  r.tracker.setQuota(2 ** 33);
+  r.device.quotaChanged();
+  assert.deepEqual([r.get("pinQuota"), generation()], [2 ** 33, 1n]);
+  pci.reset();
+  assert.equal(r.get("pinQuota"), 2 ** 33, "a reset does not bring the old one back");
+  r.tracker.setQuota(Number.POSITIVE_INFINITY);
+  for (let i = 0; i < 255; i++) r.device.quotaChanged();
+  assert.deepEqual([r.get("pinQuota"), generation()], [2 ** 64, 0n], "all ones, in a byte that wraps");
+});
+
+test("without PIN_PAGE there is no pin_quota to change", () => {
+  const r = viommu({ pinPage: false });
+  r.device.quotaChanged();
+  assert.deepEqual([r.get("pinQuota"), r.device.configGeneration], [0, 0]);
 });
 
 for (const command of [PARK, UNPARK])

@@ -55,6 +55,9 @@ const PROBE_SIZE = 64;
 const bit = (feature: number): bigint => 1n << BigInt(feature);
 const has = (features: bigint, feature: number): boolean => (features & bit(feature)) !== 0n;
 
+const pinQuota = (frames: number): bigint =>
+  Number.isFinite(frames) ? BigInt(frames) : 0xffff_ffff_ffff_ffffn;
+
 export interface VirtioIommuOptions {
   readonly memory: GuestMemory;
   readonly tracker: Tracker;
@@ -82,6 +85,7 @@ export class VirtioIommu implements VirtioDevice {
   #pinStatus = PIN_STATUS_OFF;
   /** Requests that were malformed: what a correct driver never sends. */
   badRequests = 0;
+  configGeneration = 0;
 
   constructor(options: VirtioIommuOptions) {
     this.#o = options;
@@ -173,7 +177,7 @@ export class VirtioIommu implements VirtioDevice {
         if (!tracker.active) return refused(VIRTIO_IOMMU_S_UNSUPP);
         if (command === PIN_CONTROL_PARK) tracker.park();
         else tracker.unpark();
-        return tracker.parked ? PIN_STATUS_PARKED : PIN_STATUS_ON;
+        return tracker.parkedByGuest ? PIN_STATUS_PARKED : PIN_STATUS_ON;
       default:
         return refused(VIRTIO_IOMMU_S_INVAL);
     }
@@ -197,8 +201,14 @@ export class VirtioIommu implements VirtioDevice {
       bypass: 1,
     });
     if (!pinPage) return;
-    const pinQuota = Number.isFinite(tracker.quota) ? BigInt(tracker.quota) : 0xffff_ffff_ffff_ffffn;
-    Config.write(this.#config, { pinBatchMax: PIN_BATCH_MAX, pinQuota });
+    Config.write(this.#config, { pinBatchMax: PIN_BATCH_MAX, pinQuota: pinQuota(tracker.quota) });
+  }
+
+  /** The tracker's quota is another one now. */
+  quotaChanged(): void {
+    if (!this.#o.pinPage) return;
+    Config.write(this.#config, { pinQuota: pinQuota(this.#o.tracker.quota) });
+    this.configGeneration++;
   }
 
   // --- requests --------------------------------------------------------------------------------------------------

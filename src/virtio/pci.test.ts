@@ -19,6 +19,7 @@ class EchoDevice implements VirtioDevice {
   readonly features = FEATURES;
   readonly queueSizes = [64, 16];
   readonly configSize = 12;
+  configGeneration = 0;
   readonly config = Uint8Array.from({ length: 12 }, (_, i) => 0xa0 + i);
   readonly log: string[] = [];
   /** Bit 1 is acceptable with bit 0 only. */
@@ -388,7 +389,6 @@ test("the device configuration is read and written at its offset, and not beyond
   const { pci, device } = plugged();
   assert.equal(pci.barRead(BAR + 0x2000 + 4, 4), 0xa7a6_a5a4n);
   pci.barWrite(BAR + 0x2000 + 8, 4, 0x0403_0201n);
-  assert.deepEqual([...device.config.subarray(8)], [1, 2, 3, 4]);
   assert.equal(pci.barRead(BAR + 0x2000 + 10, 4), 0n);
   pci.barWrite(BAR + 0x2000 + 10, 4, 0xffff_ffffn);
   assert.deepEqual([...device.config.subarray(8)], [1, 2, 3, 4]);

@@ -128,6 +128,8 @@ export class VirtioPciFunction implements PciFunction {
       configMsixVector: VIRTIO_MSI_NO_VECTOR,
       numQueues: this.#queues.length,
       deviceStatus: this.#status,
+      // Section 4.1.4.3.1: a new value after each change, so that a driver sees when its reads do not belong together.
+      configGeneration: this.#device.configGeneration & 0xff,
       queueSelect: this.#queueSelect,
       // Section 4.1.4.3.1: queue_size is 0 for a queue that does not exist.
       queueSize: queue?.size ?? 0,

@@ -1,0 +1,46 @@
+import type { Nanoseconds } from "../base/units.ts";
+import type { Counters } from "../memory/counters.ts";
+
+/** What is so now, for observers, who never ask the backend. */
+export const TRACKING_STATE = [
+  /** Index in LIVES. */
+  "life",
+  /** How often the guest has parked unpinning. */
+  "parks",
+  /** 1 while the operator has. */
+  "parkedByOperator",
+  /** Frames; Infinity for no limit. */
+  "quota",
+] as const;
+
+export const TRACKING_COUNTERS = [
+  "pinRequests",
+  "pinRequestsRefused",
+  "framesPinned",
+  "framesUnpinned",
+  "framesFirmware",
+  "framesNow",
+  "framesPeak",
+  /** Integral of framesNow over time, in frame-nanoseconds, up to `changedAt`. */
+  "frameTime",
+  "changedAt",
+  "startedAt",
+  "kernelPagesPeak",
+  "passes",
+  /** Frames that the last complete pass found mapped. */
+  "framesMapped",
+  ...TRACKING_STATE,
+] as const;
+export type TrackingCounters = Counters<(typeof TRACKING_COUNTERS)[number]>;
+
+/** From `now` on, `pinned` frames are. */
+export function countPinned(counters: TrackingCounters, pinned: number, now: Nanoseconds): void {
+  counters.frameTime += counters.framesNow * (now - counters.changedAt);
+  counters.changedAt = now;
+  counters.framesNow = pinned;
+  counters.framesPeak = Math.max(counters.framesPeak, pinned);
+}
+
+/** Frames pinned since the beginning, on average over time. */
+export const meanPinned = (c: TrackingCounters, now: Nanoseconds): number =>
+  (c.frameTime + c.framesNow * (now - c.changedAt)) / (now - c.startedAt);
