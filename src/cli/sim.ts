@@ -116,6 +116,7 @@ const LABELS: Readonly<Record<keyof WorldStatistics, string>> = {
   driverRestarts: "restarts of the driver",
   backendDeaths: "deaths of the backend",
   machineResets: "resets of the machine",
+  operatorOrders: "orders of the operator",
 };
 
 function summary(result: SimResult): string {

@@ -22,7 +22,8 @@ export interface BackendOptions {
   readonly bus: Bus;
   readonly frontEnd: FrontEnd;
   readonly policy: () => UnpinPolicy;
-  readonly quota: number;
+  /** When it starts; operators change it by orders. */
+  readonly quota: () => number;
   readonly beforeActivation: BeforeActivation;
   readonly assigned: ReadonlySet<Bdf>;
   readonly passInterval: Nanoseconds;
@@ -46,6 +47,7 @@ export interface BackendParts {
   readonly openTable: NonNullable<TrackerOptions["openTable"]>;
   readonly makeHost: (...args: ConstructorParameters<typeof FakeHost>) => FakeHost;
   readonly makeIommu: (...args: ConstructorParameters<typeof SoftwareIommu>) => SoftwareIommu;
+  readonly makeTracker: (...args: ConstructorParameters<typeof CheckedTracker>) => CheckedTracker;
 }
 
 const KILLED = { killed: true };
@@ -61,6 +63,7 @@ export class Backend implements Actor {
   #tracker: CheckedTracker;
   #pci: PciFunction;
   #job: (() => void) | undefined;
+  readonly #orders: ((tracker: Tracker) => void)[] = [];
   #rung = false;
   #inPass = false;
   #nextPass: number;
@@ -89,12 +92,18 @@ export class Backend implements Actor {
     this.#rung = true;
   }
 
+  /** What an operator wants done. */
+  order(order: (tracker: Tracker) => void): void {
+    this.#orders.push(order);
+  }
+
   resetMachine(): void {
     this.#job = () => this.#pci.reset();
   }
 
   ready(): boolean {
-    return this.#job !== undefined || this.#rung || this.#o.bus.pending.length > 0 || this.#passDue;
+    const asked = this.#rung || this.#o.bus.pending.length > 0 || this.#orders.length > 0;
+    return this.#job !== undefined || asked || this.#passDue;
   }
 
   get wakeAt(): number {
@@ -132,6 +141,8 @@ export class Backend implements Actor {
         this.#rung = false;
         this.#iommu.serveRequests((gfn) => this.#tracker.touchedByFirmware(gfn));
       };
+    const order = this.#orders.shift();
+    if (order) return () => order(this.#tracker);
     return () => {
       if (!this.#inPass) {
         this.#nextPass = turns.time + passInterval;
@@ -145,6 +156,7 @@ export class Backend implements Actor {
   /** The kernel keeps the pins, because the control thread holds what they hang on. */
   #restart(): void {
     this.#o.died();
+    this.#orders.length = 0;
     this.#o.bus.drop();
     ({ memory: this.#memory, iommu: this.#iommu, tracker: this.#tracker, pci: this.#pci } = this.#start());
     this.#inPass = false;
@@ -157,10 +169,11 @@ export class Backend implements Actor {
   #start() {
     const { turns, quota, beforeActivation, counters, openTable, assigned } = this.#o;
     const { makeIommu = (...args) => new SoftwareIommu(...args) } = this.#o;
+    const { makeTracker = (...args) => new CheckedTracker(...args) } = this.#o;
     const clock = { now: () => turns.time };
     const memory = new SteppedMemory([], this.#turn, { constant: this.#o.constant });
     const iommu = makeIommu(new SteppedWords(this.#o.iommu, this.#turn, this.#o.idleWord), clock);
-    const tracker = new CheckedTracker(
+    const tracker = makeTracker(
       {
         ...{
           memory,
@@ -169,7 +182,7 @@ export class Backend implements Actor {
           policy: this.#o.policy(),
           clock,
           counters,
-          quota,
+          quota: quota(),
           beforeActivation,
         },
         ...(openTable && { openTable }),

@@ -11,13 +11,18 @@ export class Checks {
   readonly #host: FakeHost;
   readonly #isRam: (gfn: number) => boolean;
   /** Frames this guest may have pinned at once. */
-  readonly #quota: number;
+  readonly #quota: () => number;
   /** Mappings that a driver has, by frame: from the success of the map to the start of the unmap. */
   readonly #mapped = new Map<number, number>();
   /** A guest that writes garbage only hurts itself: what it loses is no fault of the host's. */
   readonly #hostile: boolean;
 
-  constructor(o: { host: FakeHost; isRam: (gfn: number) => boolean; quota: number; hostile: boolean }) {
+  constructor(o: {
+    host: FakeHost;
+    isRam: (gfn: number) => boolean;
+    quota: () => number;
+    hostile: boolean;
+  }) {
     this.#host = o.host;
     this.#isRam = o.isRam;
     this.#quota = o.quota;
@@ -28,7 +33,8 @@ export class Checks {
   pinned(gfn: Gfn): void {
     if (!this.#isRam(gfn)) throw new Violation(`frame ${gfn} is pinned, which is not RAM`);
     const held = this.#host.pages.size;
-    if (held > this.#quota) throw new Violation(`${held} pages are pinned, the quota is ${this.#quota}`);
+    const quota = this.#quota();
+    if (held > quota) throw new Violation(`${held} pages are pinned, the quota is ${quota}`);
   }
 
   /** The host has let go of a page. */

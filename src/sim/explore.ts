@@ -169,8 +169,8 @@ class SmallMachine {
     );
     const quota = world.quota ?? Number.POSITIVE_INFINITY;
     const isRam = (gfn: number) => gfn < FRAMES;
-    this.#checks = new Checks({ host: this.#host, isRam, quota, hostile: false });
-    this.#tracker = this.#makeTracker(world, twin, regions, twin.backend?.quota ?? quota);
+    this.#checks = new Checks({ host: this.#host, isRam, quota: () => quota, hostile: false });
+    this.#tracker = this.#makeTracker(world, twin, regions, twin.backend?.quota?.() ?? quota);
     this.#backend.tracker = this.#tracker;
     this.#cpus = world.cpus.map((frames, id) => this.#makeCpu(id, frames, world.cpus.length, twin, regions));
     this.#turns.actors.push(this.#backend, ...this.#cpus);

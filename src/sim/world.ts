@@ -5,8 +5,9 @@ import type { DriverCpu } from "../driver/viommu.ts";
 import { counters, countersBuffer } from "../memory/counters.ts";
 import { GuestMemory, type GuestRegion } from "../memory/guest-memory.ts";
 import { LruPolicy } from "../policy/lru.ts";
+import { createPolicy } from "../policy/registry.ts";
 import { createIommuBuffer, DeviceGate, isIdleIommuWord } from "../tracking/software-iommu.ts";
-import { TRACKING_COUNTERS } from "../tracking/tracker.ts";
+import { TRACKING_COUNTERS, type Tracker } from "../tracking/tracker.ts";
 import { Backend, type BackendOptions, type BackendParts } from "./backend.ts";
 import { Bus } from "./bus.ts";
 import { Checks } from "./checks.ts";
@@ -38,6 +39,7 @@ export interface Settings {
   readonly kickLost: number;
   readonly backendDies: number;
   readonly machineResets: number;
+  readonly operator: number;
   /** The driver turns PIN off and on again at times. */
   readonly driverRestarts: boolean;
   /** A CPU writes garbage where it may. */
@@ -62,6 +64,7 @@ export function settingsOf(seed: number): Settings {
     machineResets: sometimes(6, 150),
     driverRestarts: next(3) === 0,
     hostile: next(5) === 0,
+    operator: sometimes(3, 20),
   };
   if (next(5) > 0) return settings;
   // Its drivers know no second kick and no second activation, and cannot say that their table is complete.
@@ -93,6 +96,7 @@ export interface WorldStatistics {
   readonly driverRestarts: number;
   readonly backendDeaths: number;
   readonly machineResets: number;
+  readonly operatorOrders: number;
 }
 
 /** RAM in two pieces: one reaches into firmware's window below 1 MiB, one across the end of a leaf of the table. */
@@ -140,15 +144,18 @@ export class World {
   readonly #backend: Backend;
   readonly #stepsMax: number;
   readonly #counters = counters(TRACKING_COUNTERS, countersBuffer(TRACKING_COUNTERS));
+  #quota: number;
   #restSteps = 0;
   #passesAtRest = -1;
   #kicksLost = 0;
   #backendDeaths = 0;
   #machineResets = 0;
+  #operatorOrders = 0;
 
   /** After `stepsMax` steps the guest unmaps what it has, the host stops failing, and all comes to rest. */
   constructor(seed: number, stepsMax: number, settings = settingsOf(seed), twin: Twin = {}) {
     this.settings = settings;
+    this.#quota = settings.quota;
     this.#stepsMax = stepsMax;
     this.#random = random(seed);
     this.turns = new Turns({
@@ -165,7 +172,7 @@ export class World {
     this.checks = new Checks({
       host: this.host,
       isRam: (gfn) => this.#memory.find(gfn * FRAME_SIZE, FRAME_SIZE) !== undefined,
-      quota: settings.quota,
+      quota: () => this.#quota,
       hostile: settings.hostile,
     });
     const { turns, checks } = this;
@@ -237,6 +244,7 @@ export class World {
       driverRestarts: this.#guest.driverRestarts,
       backendDeaths: this.#backendDeaths,
       machineResets: this.#machineResets,
+      operatorOrders: this.#operatorOrders,
     };
   }
 
@@ -252,7 +260,7 @@ export class World {
       bus: this.#bus,
       frontEnd: FRONT_ENDS[settings.frontEnd],
       policy: () => new LruPolicy(),
-      quota: settings.quota,
+      quota: () => this.#quota,
       beforeActivation: settings.beforeActivation,
       assigned: new Set([ENDPOINT]),
       passInterval: milliseconds(settings.interval),
@@ -296,7 +304,10 @@ export class World {
   }
 
   #beforeStep(): void {
-    if (this.turns.steps === this.#stepsMax) this.#guest.draining = true;
+    if (this.turns.steps === this.#stepsMax) {
+      this.#guest.draining = true;
+      this.#withdrawOrders();
+    }
     if (this.#guest.draining && this.#restSteps++ > REST_STEPS_MAX)
       throw new Violation(`the machine does not come to rest within ${REST_STEPS_MAX} steps`);
   }
@@ -307,8 +318,38 @@ export class World {
     this.checks.accounts(tracker.frames(), tracker.pinned, this.#memory.regions, (gfn) =>
       this.#gate.allows(gfn as Gfn),
     );
-    const { machineResets } = this.settings;
-    if (machineResets > 0 && !this.#guest.draining && this.#random(machineResets) === 0) this.#resetMachine();
+    if (this.#guest.draining) return;
+    const { machineResets, operator } = this.settings;
+    if (machineResets > 0 && this.#random(machineResets) === 0) this.#resetMachine();
+    if (operator > 0 && this.#random(operator) === 0) this.#order();
+  }
+
+  /** An operator changes something. */
+  #order(): void {
+    this.#operatorOrders++;
+    const quota = this.#random(3) === 0 ? Number.POSITIVE_INFINITY : 4 + this.#random(12);
+    const [policy, parked] = [createPolicy(this.#random(3) === 0 ? "off" : "lru"), this.#random(3) === 0];
+    const orders: ((tracker: Tracker) => void)[] = [
+      (tracker) => tracker.setPolicy(policy),
+      (tracker) => {
+        this.#quota = quota;
+        tracker.setQuota(quota);
+      },
+      (tracker) => tracker.parkByOperator(parked),
+      (tracker) => tracker.unpinIdle(0, Number.POSITIVE_INFINITY, 0),
+    ];
+    this.#backend.order(orders[this.#random(orders.length)]!);
+  }
+
+  /** So that all can come to rest. */
+  #withdrawOrders(): void {
+    if (this.#operatorOrders === 0) return;
+    this.#backend.order((tracker) => {
+      this.#quota = this.settings.quota;
+      tracker.setQuota(this.#quota);
+      tracker.parkByOperator(false);
+      tracker.setPolicy(createPolicy("lru"));
+    });
   }
 
   /** Devices finish the access under way, as real ones do; everything else begins anew. */

@@ -18,7 +18,8 @@ export class Pins {
   readonly #iommu: SoftwareIommu;
   readonly #clock: Clock;
   #policy: UnpinPolicy;
-  #policySince: Nanoseconds;
+  /** A moment before the policy came. */
+  #beforePolicy = 0 as Nanoseconds;
   /** The policy has been told of the frames in the ledger's slots below this. */
   #told = Number.POSITIVE_INFINITY;
   #addresses = new Float64Array(256);
@@ -38,7 +39,6 @@ export class Pins {
     this.#iommu = o.iommu;
     this.#policy = o.policy;
     this.#clock = o.clock;
-    this.#policySince = o.clock.now();
   }
 
   get policy(): UnpinPolicy {
@@ -48,7 +48,7 @@ export class Pins {
   /** It is told of what is pinned by and by: see tellPolicy(). */
   setPolicy(policy: UnpinPolicy): void {
     this.#policy = policy;
-    this.#policySince = this.#clock.now();
+    this.#beforePolicy = (this.#clock.now() - 1) as Nanoseconds;
     this.#told = 0;
   }
 
@@ -58,7 +58,7 @@ export class Pins {
     const end = Math.min(this.#told + slots, this.ledger.slots);
     for (; this.#told < end; this.#told++) {
       const gfn = this.ledger.at(this.#told);
-      if (gfn !== undefined) this.#policy.pinned(gfn, this.#policySince);
+      if (gfn !== undefined) this.#policy.pinned(gfn, this.#beforePolicy);
     }
     if (end === this.ledger.slots) this.#told = Number.POSITIVE_INFINITY;
     return true;

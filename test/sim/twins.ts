@@ -1,6 +1,9 @@
+import type { Clock } from "../../src/base/clock.ts";
 import type { Gpa } from "../../src/base/units.ts";
 import { TrackingUnits } from "../../src/driver/units.ts";
 import type { GuestMemory } from "../../src/memory/guest-memory.ts";
+import type { UnpinPolicy } from "../../src/policy/policy.ts";
+import { CheckedTracker } from "../../src/sim/backend.ts";
 import { FakeHost, HOST_BASE } from "../../src/sim/fake-host.ts";
 import type { Twin } from "../../src/sim/world.ts";
 import { DmaTrackingTable, NO_UNIT, type Unit } from "../../src/tracking/dtt.ts";
@@ -158,6 +161,28 @@ class TornUnits extends TrackingUnits {
   }
 }
 
+class DeafTracker extends CheckedTracker {
+  override setQuota(): void {}
+}
+
+/** Its new policy hears of what is pinned from then on. */
+class ForgetfulTracker extends CheckedTracker {
+  readonly clock: Clock;
+  constructor(...args: ConstructorParameters<typeof CheckedTracker>) {
+    super(...args);
+    this.clock = args[0].clock;
+  }
+  override setPolicy(policy: UnpinPolicy): void {
+    const since = this.clock.now();
+    super.setPolicy({
+      ...{ name: policy.name, parameters: policy.parameters },
+      pinned: (gfn, now) => now >= since && policy.pinned(gfn, now),
+      tried: (...args) => policy.tried(...args),
+      candidates: (...args) => policy.candidates(...args),
+    });
+  }
+}
+
 export const twins: Readonly<Record<string, BrokenTwin>> = {
   "an unpin by load and store instead of one CAS": {
     twin: { backend: { openTable: (...args) => new TornTable(...args) } },
@@ -189,7 +214,15 @@ export const twins: Readonly<Record<string, BrokenTwin>> = {
     twin: { backend: { makeHost: (...args) => new StrayHost(...args) } },
     found: /which is not RAM|does not/,
   },
-  "no quota": { twin: { backend: { quota: Number.POSITIVE_INFINITY } }, found: /the quota is/ },
+  "no quota": { twin: { backend: { quota: () => Number.POSITIVE_INFINITY } }, found: /the quota is/ },
+  "a quota that is not changed at run time": {
+    twin: { backend: { makeTracker: (...args) => new DeafTracker(...args) } },
+    found: /the quota is/,
+  },
+  "a policy at run time that is not told what is pinned": {
+    twin: { backend: { makeTracker: (...args) => new ForgetfulTracker(...args) } },
+    found: /are idle and stay pinned/,
+  },
   "a device that answers no request": { twin: { backend: { kickLost: () => true } }, found: /lost/ },
   "a policy that never unpins": {
     twin: {
