@@ -4,7 +4,7 @@ import fc from "fast-check";
 import { fails, holds } from "../../test/support/property.ts";
 import { InvariantViolation } from "../base/errors.ts";
 import type { Gfn } from "../base/units.ts";
-import { Ledger } from "./ledger.ts";
+import { Ledger, NO_TABLE } from "./ledger.ts";
 
 const frame = (gfn: number) => gfn as Gfn;
 
@@ -67,3 +67,16 @@ for (const [what, use] of [
     ledger.add(frame(1), 0, 0);
     assert.throws(() => use(ledger), InvariantViolation);
   });
+
+test("needs are counted per frame, begin at none for a frame that comes back, and cannot fall below", () => {
+  const ledger = new Ledger();
+  for (const gfn of [3, 4] as Gfn[]) ledger.add(gfn, 1, NO_TABLE);
+  for (const gfn of [3, 3, 4] as Gfn[]) ledger.need(gfn);
+  ledger.giveUp(3 as Gfn);
+  ledger.giveUp(4 as Gfn);
+  assert.deepEqual([ledger.isNeeded(3 as Gfn), ledger.isNeeded(4 as Gfn)], [true, false]);
+  assert.throws(() => ledger.giveUp(4 as Gfn), InvariantViolation);
+  ledger.remove(3 as Gfn);
+  ledger.add(3 as Gfn, 1, NO_TABLE);
+  assert.equal(ledger.isNeeded(3 as Gfn), false);
+});

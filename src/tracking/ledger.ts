@@ -5,15 +5,18 @@ import type { GfnBuffer } from "../policy/policy.ts";
 
 /** Generation of frames that no table ever claimed: firmware's. */
 export const NO_TABLE = 0;
+/** Generation of frames that were pinned for a domain, and that no table has claimed since: they go with their needs. */
+export const ONLY_DOMAINS = 0xffff_ffff;
 
 /**
- * The host's truth about what is pinned for one guest: frame -> handle of the pin, and the activation ("generation")
- * whose table last claimed it. Structure of arrays, O(1) per operation, nothing per guest frame.
+ * The host's truth about what is pinned for one guest: frame -> handle of the pin, the activation ("generation") whose
+ * table last claimed it, and how many mappings of domains need it. Structure of arrays, O(1) per operation, nothing per guest frame.
  */
 export class Ledger {
   readonly #frames = new FrameIndex();
   #handles = new Int32Array(0);
   #generations = new Uint32Array(0);
+  #needs = new Uint32Array(0);
   #peak = 0;
 
   /** Frames pinned now. */
@@ -34,6 +37,8 @@ export class Ledger {
     const id = this.#frames.insert(gfn);
     this.#handles = grown(this.#handles, this.#frames.capacity);
     this.#generations = grown(this.#generations, this.#frames.capacity);
+    this.#needs = grown(this.#needs, this.#frames.capacity);
+    this.#needs[id] = 0;
     this.#handles[id] = handle;
     this.#generations[id] = generation;
     this.#peak = Math.max(this.#peak, this.#frames.size);
@@ -77,6 +82,23 @@ export class Ledger {
       if (gfn !== undefined && gfn >= first && gfn < end) out.push(gfn);
     }
     return to < this.slots ? to : null;
+  }
+
+  /** A mapping of a domain needs the frame. */
+  need(gfn: Gfn): void {
+    this.#needs[this.#idOf(gfn)]!++;
+  }
+
+  /** A mapping that needed the frame is gone. */
+  giveUp(gfn: Gfn): void {
+    const id = this.#idOf(gfn);
+    if (this.#needs[id] === 0) throw new InvariantViolation(`no domain needs frame ${gfn}`);
+    this.#needs[id]!--;
+  }
+
+  /** Whether a domain maps the frame. */
+  isNeeded(gfn: Gfn): boolean {
+    return this.#needs[this.#idOf(gfn)]! > 0;
   }
 
   frames(): Iterable<Gfn> {

@@ -12,6 +12,11 @@ export interface Mapping {
   readonly flags: number;
 }
 
+/** The frames of a mapping, in order. */
+export function* framesOf({ first, last, gfn }: Mapping): Generator<Gfn> {
+  for (let frame = gfn as number; frame <= gfn + (last - first); frame++) yield frame as Gfn;
+}
+
 /** A tree: the node at its root, or EMPTY. */
 export type Root = number & { readonly of: "mappings" };
 export const EMPTY = 0 as Root;

@@ -3,7 +3,8 @@ import { grown } from "../base/frame-index.ts";
 import { type Gfn, gpaOf, type Nanoseconds } from "../base/units.ts";
 import type { GuestMemory } from "../memory/guest-memory.ts";
 import type { GfnBuffer, UnpinPolicy } from "../policy/policy.ts";
-import { Ledger, NO_TABLE } from "./ledger.ts";
+import { Ledger, NO_TABLE, ONLY_DOMAINS } from "./ledger.ts";
+import { framesOf, type Mapping } from "./mapping-trees.ts";
 import type { Pinner } from "./pinner.ts";
 import type { SoftwareIommu } from "./software-iommu.ts";
 
@@ -122,6 +123,28 @@ export class Pins {
       this.#policy.tried(gfn, i < released ? "claimed" : "refused", now);
     }
     return released;
+  }
+
+  /** A domain maps these frames, which are pinned. */
+  need(mapping: Mapping): void {
+    for (const gfn of framesOf(mapping)) this.ledger.need(gfn);
+  }
+
+  /**
+   * Domains no longer map these frames. What nobody else wants pinned goes at once, or is `kept` as frames are that no
+   * table ever claimed. Returns how many went.
+   */
+  giveUp(mappings: Iterable<Mapping>, kept: boolean): number {
+    const gone: Gfn[] = [];
+    for (const mapping of mappings)
+      for (const gfn of framesOf(mapping)) {
+        this.ledger.giveUp(gfn);
+        if (this.ledger.isNeeded(gfn) || this.ledger.generation(gfn) !== ONLY_DOMAINS) continue;
+        if (kept) this.ledger.claim(gfn, NO_TABLE);
+        else gone.push(gfn);
+      }
+    this.drop(gone);
+    return gone.length;
   }
 
   /** Frames that must go, whatever becomes of their pins: no longer RAM, or of a machine that was reset. */

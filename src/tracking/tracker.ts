@@ -14,8 +14,9 @@ import {
 } from "../wire/virtio-iommu.ts";
 import { countPinned, type TrackingCounters } from "./counters.ts";
 import { DmaTrackingTable, NO_UNIT, type Unit } from "./dtt.ts";
-import { type Ledger, NO_TABLE } from "./ledger.ts";
+import { type Ledger, NO_TABLE, ONLY_DOMAINS } from "./ledger.ts";
 import { type BeforeActivation, initialLife, LIVES, type Life, type LifeEvent, nextLife } from "./life.ts";
+import { framesOf, type Mapping } from "./mapping-trees.ts";
 import type { Pinner } from "./pinner.ts";
 import { Pins } from "./pins.ts";
 import type { SoftwareIommu } from "./software-iommu.ts";
@@ -249,7 +250,7 @@ export class Tracker {
         this.#gfns[n] = gfn;
         this.#units[n++] = unit;
       }
-    const status = this.#pinFresh(n);
+    const status = this.#pinFresh(n, this.#generation);
     if (status !== VIRTIO_IOMMU_S_OK) return status;
     for (let i = 0; i < n; i++) {
       this.#ledger.claim(this.#gfns[i]! as Gfn, this.#generation);
@@ -259,13 +260,13 @@ export class Tracker {
   }
 
   /** Pin those of the first `count` frames of #gfns that are not pinned; with a full unpin first where it is tight. */
-  #pinFresh(count: number): number {
+  #pinFresh(count: number, generation: number): number {
     for (let attempt = 0; ; attempt++) {
       this.#collectFresh(count);
       const tight = this.#fresh.size > 0 && this.pinned + this.#fresh.size > this.#quota;
       if (!tight) {
         try {
-          this.#pins.pin([...this.#fresh], this.#generation);
+          this.#pins.pin([...this.#fresh], generation);
           this.#o.counters.framesPinned += this.#fresh.size;
           return VIRTIO_IOMMU_S_OK;
         } catch (error) {
@@ -286,15 +287,47 @@ export class Tracker {
     }
   }
 
+  // --- domains ---------------------------------------------------------------------------------------------------
+
+  /**
+   * A domain maps frames: all of them are pinned until letGo(), or none newly. The status says why not. They get no P,
+   * because no table asked.
+   */
+  hold(mapping: Mapping): number {
+    const { memory, beforeActivation } = this.#o;
+    const count = mapping.last - mapping.first + 1;
+    // Bounds the loops: a range of RAM repeats no frame.
+    if (count > memory.size / FRAME_SIZE || mapping.gfn + count > GFN_LIMIT) return VIRTIO_IOMMU_S_RANGE;
+    this.#gfns = grown(this.#gfns, count);
+    let n = 0;
+    for (const gfn of framesOf(mapping)) {
+      if (!memory.find(gpaOf(gfn), FRAME_SIZE)) return VIRTIO_IOMMU_S_RANGE;
+      this.#gfns[n++] = gfn;
+    }
+    if (beforeActivation === "all") return VIRTIO_IOMMU_S_OK; // pinned as a whole, for good
+    const status = this.#pinFresh(n, ONLY_DOMAINS);
+    if (status === VIRTIO_IOMMU_S_OK) this.#pins.need(mapping);
+    this.#changed();
+    return status;
+  }
+
+  /** Domains no longer map what hold() was called for. `kept`: until a table is there that says what is in use. */
+  letGo(mappings: Iterable<Mapping>, kept = false): void {
+    if (this.#o.beforeActivation === "all") return;
+    this.#o.counters.framesUnpinned += this.#pins.giveUp(mappings, kept);
+    this.#changed();
+  }
+
   // --- unpin -----------------------------------------------------------------------------------------------------
 
   /** Begin an unpin pass, unless one is under way or there is nothing that may be unpinned. */
   startPass(): void {
+    this.#beforePass();
+    this.#changed();
     if (!this.#table || this.parked || this.#passAt !== undefined) return;
     this.#passAt = this.#o.clock.now();
     this.#passMapped = 0;
     this.#o.counters.passes++;
-    this.#beforePass();
   }
 
   #beforePass(): void {
@@ -348,6 +381,7 @@ export class Tracker {
   #claim(gfn: Gfn): Claim {
     const table = this.#table;
     if (!table || !this.#ledger.has(gfn)) return "gone";
+    if (this.#ledger.isNeeded(gfn)) return "mapped";
     const foreign = this.#ledger.generation(gfn) !== this.#generation;
     // abi.md section 3: "PIN on without COMPLETE: ... unpin only frames that this table once claimed."
     if (foreign && !this.#complete) return "mapped";
@@ -371,7 +405,7 @@ export class Tracker {
     this.#beforePass();
     while (this.#pins.tellPolicy(SLICE_FRAMES));
     // The first pass clears A, the second unpins what was idle.
-    for (let pass = 0; pass < 2 && !this.parked; pass++) {
+    for (let pass = 0; pass < 2 && this.#table && !this.parked; pass++) {
       const now = this.#o.clock.now();
       // A pass that is under way finds nothing more to try, and ends with what this one counts.
       this.#passMapped = 0;
@@ -421,7 +455,7 @@ export class Tracker {
 
   // --- accounts --------------------------------------------------------------------------------------------------
 
-  /** Compare what the kernel says is pinned. Called before a pass, because pins fall only there. */
+  /** Compare what the kernel says is pinned. Called before passes, because there pins fall most. */
   sampleKernel(): void {
     const pages = this.#o.pinner.kernelPinnedPages();
     if (pages !== null) this.#o.counters.kernelPagesPeak = Math.max(this.#o.counters.kernelPagesPeak, pages);

@@ -121,8 +121,8 @@ export class HostModel {
 
   /** A whole unpin pass. abi.md section 2, "Host unpin" and "Host ageing"; section 4, the last paragraph. */
   pass(): void {
-    if (!this.on || this.parks > 0) return;
     this.#releaseOrphans();
+    if (!this.on || this.parks > 0) return;
     for (const [gfn, activation] of [...this.pins]) {
       const ours = activation === this.activations;
       // "PIN on without COMPLETE: pin on request, but unpin only frames that this table once claimed."
