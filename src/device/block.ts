@@ -1,5 +1,5 @@
 import { DmaFault, type Errno, HostError, NotGuestRam } from "../base/errors.ts";
-import type { GuestAccess } from "../memory/guest-memory.ts";
+import type { DmaAccess, GuestAccess } from "../memory/guest-memory.ts";
 import { type Chain, lengthOf } from "../virtio/queue.ts";
 import {
   SECTOR_SIZE,
@@ -103,12 +103,12 @@ export class BlockDevice {
     switch (type) {
       case VIRTIO_BLK_T_IN:
         if (!this.#inRange(sector, room)) return this.#refuse();
-        this.#move(slice(chain.writable, 0, room), sector, this.#readStore);
+        this.#move(slice(chain.writable, 0, room), sector, "write");
         return { status: VIRTIO_BLK_S_OK, data: room };
       case VIRTIO_BLK_T_OUT: {
         const length = readable - VirtioBlkReqHead.size;
         if (!this.#inRange(sector, length)) return this.#refuse();
-        this.#move(slice(chain.readable, VirtioBlkReqHead.size, length), sector, this.#writeStore);
+        this.#move(slice(chain.readable, VirtioBlkReqHead.size, length), sector, "read");
         return { status: VIRTIO_BLK_S_OK, data: 0 };
       }
       case VIRTIO_BLK_T_FLUSH:
@@ -134,15 +134,13 @@ export class BlockDevice {
   readonly #readStore = (position: number, piece: Uint8Array) => this.#store.read(position, piece);
   readonly #writeStore = (position: number, piece: Uint8Array) => this.#store.write(position, piece);
 
-  #move(
-    buffers: readonly { gpa: number; length: number }[],
-    sector: number,
-    move: (position: number, piece: Uint8Array) => void,
-  ): void {
+  #move(buffers: readonly { gpa: number; length: number }[], sector: number, access: DmaAccess): void {
+    // What is written to the guest is read from the store.
+    const move = access === "write" ? this.#readStore : this.#writeStore;
     let position = sector * SECTOR_SIZE;
     for (const { gpa, length } of buffers) {
       const start = position;
-      this.#memory.transfer(gpa, length, (piece, done) => move(start + done, piece));
+      this.#memory.transfer(gpa, length, (piece, done) => move(start + done, piece), access);
       position += length;
       this.#counters.transfers++;
       this.#counters.bytes += length;

@@ -3,7 +3,7 @@ import { randomBytes } from "node:crypto";
 import test from "node:test";
 import { HostError } from "../base/errors.ts";
 import type { Gfn, Gpa } from "../base/units.ts";
-import type { DmaGate } from "../memory/gated-memory.ts";
+import { type DmaGate, NO_FRAME } from "../memory/gated-memory.ts";
 import * as wire from "../wire/vhost-user.ts";
 import {
   VIRTIO_BLK_T_FLUSH,
@@ -31,8 +31,8 @@ class Gate implements DmaGate {
   leave() {
     assert.equal(--this.depth, 0);
   }
-  allows(gfn: Gfn) {
-    return !this.forbidden.has(gfn * 4096);
+  translate(page: number) {
+    return this.forbidden.has(page * 4096) ? NO_FRAME : (page as Gfn);
   }
   request() {
     return false;

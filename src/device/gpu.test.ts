@@ -4,7 +4,7 @@ import { ram } from "../../test/support/guest.ts";
 import { zeroCounters } from "../../test/support/nvme.ts";
 import { random } from "../../test/support/random.ts";
 import type { Gfn, Iova } from "../base/units.ts";
-import { GatedMemory } from "../memory/gated-memory.ts";
+import { GatedMemory, NO_FRAME } from "../memory/gated-memory.ts";
 import {
   GPU_BUS_ERROR,
   GPU_COPY,
@@ -30,8 +30,8 @@ const FRAME = 0x10_0000;
 function setUp() {
   const memory = ram(1024);
   const forbidden = new Set<number>();
-  const allows = (gfn: Gfn) => !forbidden.has(gfn * 4096);
-  const gate = { enter() {}, leave() {}, allows, request: () => false };
+  const translate = (page: number) => (forbidden.has(page * 4096) ? NO_FRAME : (page as Gfn));
+  const gate = { enter() {}, leave() {}, translate, request: () => false };
   const counters = zeroCounters();
   const gpu = new Gpu(new GatedMemory(memory, gate), counters);
   gpu.start({ ring: { iova: RING as Iova, size: SIZE }, table: TABLE as Iova, pages: PAGES });

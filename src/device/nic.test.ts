@@ -2,7 +2,7 @@ import assert from "node:assert/strict";
 import test from "node:test";
 import { nicParts } from "../../test/support/nic.ts";
 import { random } from "../../test/support/random.ts";
-import type { Iova } from "../base/units.ts";
+import type { Gfn, Iova } from "../base/units.ts";
 import {
   COMMAND_DEXT,
   COMMAND_EOP,
@@ -187,7 +187,7 @@ for (const [what, fields] of refusals)
   test(`not sent, and counted: ${what}`, () => {
     const { dma, map, send, nic, counters } = setUp();
     map(A);
-    dma.gate.allows = () => true;
+    dma.gate.translate = (page) => page as Gfn;
     const status = send(fields);
     nic.run(8);
     assert.deepEqual([status(), counters.errors], [STATUS_DD | STATUS_TU, 1]);

@@ -5,7 +5,7 @@ import { zeroCounters } from "../../test/support/nvme.ts";
 import { random } from "../../test/support/random.ts";
 import { HostError } from "../base/errors.ts";
 import type { Gfn, Iova } from "../base/units.ts";
-import { GatedMemory } from "../memory/gated-memory.ts";
+import { GatedMemory, NO_FRAME } from "../memory/gated-memory.ts";
 import * as wire from "../wire/nvme.ts";
 import { isStamped, stamp } from "../wire/stamp.ts";
 import { MemoryStore } from "./block-store.ts";
@@ -30,7 +30,7 @@ function setUp({ size = 4, store = new MemoryStore(BLOCKS) } = {}) {
   const gate = {
     enter() {},
     leave() {},
-    allows: (gfn: Gfn) => !forbidden.has(gfn * 4096),
+    translate: (page: number) => (forbidden.has(page * 4096) ? NO_FRAME : (page as Gfn)),
     request: () => false,
   };
   const counters = zeroCounters();

@@ -209,10 +209,15 @@ export class NvmeController {
     let position = slba * SECTOR_SIZE;
     for (const { gpa, length: size } of prpPieces(this.#memory, prp1, prp2, length)) {
       const start = position;
-      this.#memory.transfer(gpa, size, (piece, done) => {
-        if (opcode === NVME_CMD_READ) this.#store.read(start + done, piece);
-        else this.#store.write(start + done, piece);
-      });
+      this.#memory.transfer(
+        gpa,
+        size,
+        (piece, done) => {
+          if (opcode === NVME_CMD_READ) this.#store.read(start + done, piece);
+          else this.#store.write(start + done, piece);
+        },
+        opcode === NVME_CMD_READ ? "write" : "read",
+      );
       position += size;
       this.#counters.transfers++;
       this.#counters.bytes += size;

@@ -1,7 +1,7 @@
 import assert from "node:assert/strict";
 import test from "node:test";
 import type { Gfn, Gpa } from "../base/units.ts";
-import { type DmaGate, GatedMemory } from "../memory/gated-memory.ts";
+import { type DmaGate, GatedMemory, NO_FRAME } from "../memory/gated-memory.ts";
 import { GuestMemory } from "../memory/guest-memory.ts";
 import { DriverQueue } from "../virtio/driver-queue.ts";
 import { type Chain, SplitQueue } from "../virtio/queue.ts";
@@ -15,7 +15,7 @@ function setUp(handle: (chain: Chain) => number = () => 1) {
   const gate: DmaGate = {
     enter() {},
     leave() {},
-    allows: (gfn) => !forbidden.has(gfn),
+    translate: (page) => (forbidden.has(page as Gfn) ? NO_FRAME : (page as Gfn)),
     request: () => false,
   };
   const layout = { size: 8, desc: 0x1000 as Gpa, driver: 0x2000 as Gpa, device: 0x3000 as Gpa };

@@ -1,13 +1,14 @@
 import assert from "node:assert/strict";
 import test from "node:test";
 import type { HostError, PeerError } from "../base/errors.ts";
+import type { Gfn } from "../base/units.ts";
 import type { DmaGate } from "../memory/gated-memory.ts";
 import * as wire from "../wire/vhost-user.ts";
 import { MemoryStore } from "./block-store.ts";
 import { serveDisk } from "./disk.ts";
 import { FrontEnd, memoryTable, USER_ADDRESS } from "./front-end.ts";
 
-const open: DmaGate = { enter() {}, leave() {}, allows: () => true, request: () => false };
+const open: DmaGate = { enter() {}, leave() {}, translate: (page) => page as Gfn, request: () => false };
 const hex = (text: string) => new Uint8Array(Buffer.from(text.replaceAll(/\s/g, ""), "hex"));
 
 function setUp(frontEnd = new FrontEnd()) {

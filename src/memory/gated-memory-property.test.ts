@@ -7,8 +7,8 @@ import { commands, fails, holds } from "../../test/support/property.ts";
 import type { CoiommuError } from "../base/errors.ts";
 import type { Gfn } from "../base/units.ts";
 import { createIommuBuffer, DeviceGate, SoftwareIommu } from "../tracking/software-iommu.ts";
-import { GatedMemory } from "./gated-memory.ts";
-import { GuestMemory } from "./guest-memory.ts";
+import { GatedMemory, NO_FRAME } from "./gated-memory.ts";
+import { type DmaAccess, GuestMemory } from "./guest-memory.ts";
 
 /** Frames of the table; RAM ends in its middle, so that frames may be allowed that are not RAM. */
 const TABLE_FRAMES = 64;
@@ -157,8 +157,8 @@ fails(
 );
 
 class Wrapping extends DeviceGate {
-  override allows(gfn: Gfn): boolean {
-    return super.allows((gfn % TABLE_FRAMES) as Gfn);
+  override translate(page: number, access: DmaAccess): Gfn | typeof NO_FRAME {
+    return super.translate(page % TABLE_FRAMES, access) === NO_FRAME ? NO_FRAME : (page as Gfn);
   }
 }
 fails(

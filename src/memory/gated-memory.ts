@@ -1,23 +1,27 @@
-import { DmaFault } from "../base/errors.ts";
-import { type Gfn, gfnOf } from "../base/units.ts";
-import type { GuestAccess, GuestMemory } from "./guest-memory.ts";
+import { DmaFault, NotGuestRam } from "../base/errors.ts";
+import { FRAME_SIZE, type Gfn, gfnOf } from "../base/units.ts";
+import type { DmaAccess, GuestAccess, GuestMemory } from "./guest-memory.ts";
+
+/** An address that leads nowhere. */
+export const NO_FRAME = -1;
 
 /** What an assigned device asks of its IOMMU; tracking/software-iommu.ts implements it. */
 export interface DmaGate {
-  /** Open a DMA window: frames that are allowed inside it stay pinned until leave(). */
+  /** Open a DMA window: frames that are reached inside it stay pinned until leave(). */
   enter(): void;
   leave(): void;
-  allows(gfn: Gfn): boolean;
+  /** The frame behind a page of the device's address space, or NO_FRAME: the access must not happen. */
+  translate(page: number, access: DmaAccess): Gfn | typeof NO_FRAME;
   /**
-   * Called outside a window for a frame that is not allowed: ask the host to pin it now. True iff it did. Only
-   * before the guest's driver is active is that granted (abi.md section 4, "undecided").
+   * Called outside a window for a frame that is not pinned: ask the host to pin it now. True iff it did. Only before
+   * the guest's driver is active, and to a device in bypass, is that granted (abi.md section 4, "undecided").
    */
   request(gfn: Gfn): boolean;
 }
 
 /**
- * Guest memory as an assigned device reaches it: every access, rings and descriptors included, is checked frame by
- * frame against the IOMMU, and happens inside a DMA window or not at all.
+ * Guest memory as an assigned device reaches it: every access, rings and descriptors included, is translated page by
+ * page by the IOMMU, and happens inside a DMA window, as a whole or not at all.
  */
 export class GatedMemory implements GuestAccess {
   readonly #memory: GuestMemory;
@@ -28,41 +32,90 @@ export class GatedMemory implements GuestAccess {
     this.#gate = gate;
   }
 
-  read(gpa: number, into: Uint8Array): void {
-    this.#window(gpa, into.length, () => this.#memory.read(gpa, into));
+  read(address: number, into: Uint8Array): void {
+    this.#window(address, into.length, "read", (gpa, from, to) =>
+      this.#memory.read(gpa, part(into, from, to)),
+    );
   }
-  write(gpa: number, from: Uint8Array): void {
-    this.#window(gpa, from.length, () => this.#memory.write(gpa, from));
+  write(address: number, from: Uint8Array): void {
+    this.#window(address, from.length, "write", (gpa, start, end) =>
+      this.#memory.write(gpa, part(from, start, end)),
+    );
   }
-  load16(gpa: number): number {
-    return this.#window(gpa, 2, () => this.#memory.load16(gpa));
+  load16(address: number): number {
+    return this.#window(address, 2, "read", (gpa) => this.#memory.load16(gpa));
   }
-  store16(gpa: number, value: number): void {
-    this.#window(gpa, 2, () => this.#memory.store16(gpa, value));
+  store16(address: number, value: number): void {
+    this.#window(address, 2, "write", (gpa) => this.#memory.store16(gpa, value));
   }
-  transfer(gpa: number, length: number, each: (piece: Uint8Array, done: number) => void): void {
-    this.#window(gpa, length, () => this.#memory.transfer(gpa, length, each));
+  transfer(
+    address: number,
+    length: number,
+    each: (piece: Uint8Array, done: number) => void,
+    access: DmaAccess,
+  ): void {
+    this.#window(address, length, access, (gpa, from, to) =>
+      this.#memory.transfer(gpa, to - from, (piece, done) => each(piece, from + done)),
+    );
   }
 
-  #window<T>(gpa: number, length: number, access: () => T): T {
-    const first = gfnOf(gpa);
-    const last = gfnOf(gpa + Math.max(length, 1) - 1);
+  /** Call `run` for each range of guest memory that [address, address + length) leads to. Returns what the last did. */
+  #window<T>(
+    address: number,
+    length: number,
+    access: DmaAccess,
+    run: (gpa: number, from: number, to: number) => T,
+  ): T {
+    const first = gfnOf(address);
+    const last = gfnOf(address + Math.max(length, 1) - 1);
     // Each turn either succeeds, faults, or has one more frame pinned; the bound guards against a host that lies.
     for (let tries = 0; tries <= last - first + 1; tries++) {
       this.#gate.enter();
-      let missing: Gfn | undefined;
+      let missing: number;
       try {
-        for (let gfn = first; gfn <= last; gfn++) {
-          if (this.#gate.allows(gfn as Gfn)) continue;
-          missing = gfn as Gfn;
-          break;
-        }
-        if (missing === undefined) return access();
+        let gfn: number = this.#gate.translate(first, access);
+        // In bypass, and in one mapping of a domain, the pages follow each other in guest memory as well.
+        const distance = gfn - first;
+        let page: number = first;
+        if (gfn !== NO_FRAME)
+          while (++page <= last) {
+            gfn = this.#gate.translate(page, access);
+            if (gfn !== page + distance) break;
+          }
+        if (page > last) return run(address + distance * FRAME_SIZE, 0, length);
+        if (gfn !== NO_FRAME) return this.#scattered(address, length, access, run);
+        missing = page;
       } finally {
         this.#gate.leave();
       }
-      if (!this.#gate.request(missing)) throw new DmaFault(missing * 4096);
+      if (!this.#gate.request(missing as Gfn)) throw new DmaFault(missing * FRAME_SIZE);
     }
-    throw new DmaFault(gpa);
+    throw new DmaFault(address);
+  }
+
+  /** The same for pages that are apart in guest memory, inside the window. */
+  #scattered<T>(
+    address: number,
+    length: number,
+    access: DmaAccess,
+    run: (gpa: number, from: number, to: number) => T,
+  ): T {
+    const pieces: { gpa: number; from: number; to: number }[] = [];
+    for (let from = 0; from < length; ) {
+      const page = gfnOf(address + from);
+      const gfn = this.#gate.translate(page, access);
+      if (gfn === NO_FRAME) throw new DmaFault(page * FRAME_SIZE);
+      const gpa = address + from + (gfn - page) * FRAME_SIZE;
+      if (!this.#memory.find(gpa, 1)) throw new NotGuestRam(gpa, 1);
+      const to = Math.min(length, (page + 1) * FRAME_SIZE - address);
+      pieces.push({ gpa, from, to });
+      from = to;
+    }
+    let result: T;
+    for (const { gpa, from, to } of pieces) result = run(gpa, from, to);
+    return result!;
   }
 }
+
+const part = (bytes: Uint8Array, from: number, to: number): Uint8Array =>
+  to - from === bytes.length ? bytes : bytes.subarray(from, to);

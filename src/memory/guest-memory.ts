@@ -11,6 +11,9 @@ export interface GuestRegion {
   readonly bytes: Uint8Array;
 }
 
+/** What a device does to guest memory. */
+export type DmaAccess = "read" | "write";
+
 /**
  * What a device model may do with guest memory. All throw NotGuestRam for what is not RAM; behind an IOMMU also
  * DmaFault.
@@ -23,8 +26,16 @@ export interface GuestAccess {
   load16(gpa: number): number;
   /** ORDERING: release; pairs with the driver's read barrier after it has seen idx. */
   store16(gpa: number, value: number): void;
-  /** The bytes in place, in pieces; `done` counts those before. The piece must not be kept. */
-  transfer(gpa: number, length: number, each: (piece: Uint8Array, done: number) => void): void;
+  /**
+   * The bytes in place, in pieces; `done` counts those before. The piece must not be kept, and `access` is all that is
+   * done to it.
+   */
+  transfer(
+    gpa: number,
+    length: number,
+    each: (piece: Uint8Array, done: number) => void,
+    access: DmaAccess,
+  ): void;
 }
 
 interface Mapped extends GuestRegion {

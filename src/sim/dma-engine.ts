@@ -65,7 +65,7 @@ export class DmaEngine {
     if (!job) return undefined;
     const { iova, length } = job.segments[this.#segment]!;
     return {
-      run: () => this.#memory.transfer(iova, length, () => {}),
+      run: () => this.#memory.transfer(iova, length, () => {}, "write"),
       settle: (outcome) => {
         if ("error" in outcome) this.#failed(outcome.error, job);
         else this.transfers++;

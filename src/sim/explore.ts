@@ -271,7 +271,7 @@ class SmallMachine {
       );
       if (!held) continue;
       yield this.#operation(
-        () => device.transfer(at, 8, () => {}),
+        () => device.transfer(at, 8, () => {}, "write"),
         () => this.#checks.unmapping([gfn]),
       );
       yield this.#operation(

@@ -1,19 +1,23 @@
 import type { Clock } from "../base/clock.ts";
-import { InvariantViolation } from "../base/errors.ts";
+import { InvariantViolation, invariant } from "../base/errors.ts";
 import { type Gfn, milliseconds } from "../base/units.ts";
-import type { DmaGate } from "../memory/gated-memory.ts";
+import { type DmaGate, NO_FRAME } from "../memory/gated-memory.ts";
+import type { DmaAccess } from "../memory/guest-memory.ts";
 import { SharedWords } from "../memory/shared-words.ts";
+import { VIRTIO_IOMMU_MAP_F_READ, VIRTIO_IOMMU_MAP_F_WRITE } from "../wire/virtio-iommu.ts";
+import { ENTRY_FLAGS, ENTRY_FRAMES, IovaTables, walk } from "./iova-tables.ts";
 
-/** Words at the start of the shared table. */
-const MODE = 0;
-const GRANTING = 1;
-/** Per device, from here: window sequence (odd: a DMA window is open), request state, requested GFN low, high. */
+/** The word at the start of the shared table. */
+const GRANTING = 0;
+/**
+ * Per device, from here: window sequence (odd: a DMA window is open), request state, requested GFN, and context: what the device's addresses mean.
+ */
 const DEVICES = 16;
 const PER_DEVICE = 16; // one cache line
 const SEQUENCE = 0;
 const REQUEST = 1;
-const REQUEST_LOW = 2;
-const REQUEST_HIGH = 3;
+const REQUESTED = 2;
+const CONTEXT = 3;
 
 const IDLE = 0;
 const ASKED = 1;
@@ -23,18 +27,43 @@ const REFUSED = 3;
 export const DEVICES_MAX = 8;
 const BITMAP = DEVICES + DEVICES_MAX * PER_DEVICE;
 
+/** Contexts: bit 0, OPEN, lets a device reach frames that are not pinned; the rest is one of these, or a table. */
+const OPEN = 1;
+const BYPASS = 0;
+const BLOCKED = 2;
+/** From here on, in steps of 2: the root of the domain's table. */
+const TABLES = 4;
+export type Context = typeof BYPASS | typeof BLOCKED | { readonly root: number };
+/** Addresses are guest physical ones. */
+export const IN_BYPASS: Context = BYPASS;
+/** No address means anything. */
+export const IS_BLOCKED: Context = BLOCKED;
+
+/**
+ * The tables of domains, behind the bitmap: 64 words for each word of it map all frames twice, as for two devices that
+ * are given to user space in domains of their own; and a few pages for the upper levels.
+ */
+const POOL_FIXED = 32 * 1024;
+const POOL_PER_WORD = 64;
+
 /** The shared table for GFNs 0 to `frames`. */
-export const createIommuBuffer = (frames: number): SharedArrayBuffer =>
-  new SharedArrayBuffer(4 * (BITMAP + Math.ceil(frames / 32)));
-/** Whether a word stays as it is in a machine that has `devices` devices and whose IOMMU is not opened. */
+export function createIommuBuffer(frames: number): SharedArrayBuffer {
+  invariant(frames <= ENTRY_FRAMES, `an IOMMU table of ${frames} frames`);
+  return new SharedArrayBuffer(4 * (BITMAP + POOL_FIXED + Math.ceil(frames / 32) * (1 + POOL_PER_WORD)));
+}
+/** Whether a word stays as it is in a machine with `devices` devices, whose IOMMU is not opened and has no domains. */
 export const isIdleIommuWord = (index: number, devices: number): boolean =>
-  index === MODE || (index >= DEVICES + devices * PER_DEVICE && index < BITMAP);
+  index >= DEVICES &&
+  index < BITMAP &&
+  (index >= DEVICES + devices * PER_DEVICE || (index - DEVICES) % PER_DEVICE === CONTEXT);
 
 /** What createIommuBuffer() made, or a view of it: the simulator's shows each access. */
 export type IommuTable = SharedArrayBuffer | SharedWords;
 const wordsOf = (table: IommuTable): SharedWords =>
   table instanceof SharedWords ? table : new SharedWords(table);
-const framesOf = (words: SharedWords): number => (words.length - BITMAP) * 32;
+const framesOf = (words: SharedWords): number =>
+  ((words.length - BITMAP - POOL_FIXED) / (1 + POOL_PER_WORD)) * 32;
+const poolOf = (words: SharedWords): number => BITMAP + framesOf(words) / 32;
 
 /** A device window that stays open longer than this (a stuck disk) makes the unpin be taken back, not waited for. */
 const QUIESCE_LIMIT = milliseconds(2);
@@ -42,13 +71,15 @@ const QUIESCE_LIMIT = milliseconds(2);
 const REQUEST_TIMEOUT_MS = 5000;
 
 /**
- * The IOMMU of our assigned devices: the table of pinned frames that the backend writes and devices read, exactly
- * as a hardware IOMMU reads its page table. One bit per frame. The memory is only reserved: the kernel commits the
- * pages of it in which a frame was pinned (4 KiB for 128 MiB of guest).
+ * The IOMMU of our assigned devices: the table of pinned frames, one bit per frame, and the tables of domains, that the
+ * backend writes and devices read, exactly as a hardware IOMMU reads its page table. The memory is only reserved: the
+ * kernel commits the pages of it in which a frame was pinned (4 KiB for 128 MiB of guest), and tables that are used.
  *
  * This class is the backend's side; DeviceGate is a device's.
  */
 export class SoftwareIommu {
+  /** Address spaces of domains, for contexts. */
+  readonly tables: IovaTables;
   readonly #words: SharedWords;
   readonly #frames: number;
   readonly #clock: Clock;
@@ -57,11 +88,25 @@ export class SoftwareIommu {
     this.#words = wordsOf(table);
     this.#frames = framesOf(this.#words);
     this.#clock = clock;
+    const pool = poolOf(this.#words);
+    const pages = Math.floor((this.#words.length - pool) / 1024);
+    this.tables = new IovaTables(this.#words, pool, pages, () => this.quiesce());
   }
 
-  /** Open: every DMA is allowed (strategy `none`). */
+  /** Open: DMA also reaches frames that are not pinned (strategy `none`). */
   setOpen(open: boolean): void {
-    this.#words.store(MODE, open ? 1 : 0);
+    for (let device = 0; device < DEVICES_MAX; device++) {
+      const at = contextAt(device);
+      if (open) this.#words.or(at, OPEN);
+      else this.#words.and(at, ~OPEN);
+    }
+  }
+
+  /** Give a device's addresses another meaning; quiesce() waits until the old one is out of use. */
+  setContext(device: number, context: Context): void {
+    const at = contextAt(device);
+    const meaning = typeof context === "object" ? TABLES + 2 * context.root : context;
+    this.#words.store(at, meaning | (this.#words.load(at) & OPEN));
   }
 
   /** Whether devices may ask for frames that they touch to be pinned: only while the guest is undecided. */
@@ -102,12 +147,16 @@ export class SoftwareIommu {
     for (let device = 0; device < DEVICES_MAX; device++) {
       const base = DEVICES + device * PER_DEVICE;
       if (this.#words.load(base + REQUEST) !== ASKED) continue;
-      const gfn =
-        (this.#words.load(base + REQUEST_LOW) >>> 0) + this.#words.load(base + REQUEST_HIGH) * 2 ** 32;
-      this.#words.store(base + REQUEST, pin(gfn as Gfn) ? GRANTED : REFUSED);
+      const gfn = this.#words.load(base + REQUESTED) as Gfn;
+      this.#words.store(base + REQUEST, pin(gfn) ? GRANTED : REFUSED);
       this.#words.notify(base + REQUEST);
     }
   }
+}
+
+function contextAt(device: number): number {
+  invariant(device < DEVICES_MAX, `device ${device} of ${DEVICES_MAX}`);
+  return DEVICES + device * PER_DEVICE + CONTEXT;
 }
 
 /** A device's side of the table, in the device's thread. */
@@ -115,6 +164,7 @@ export class DeviceGate implements DmaGate {
   readonly #words: SharedWords;
   readonly #base: number;
   readonly #frames: number;
+  readonly #pool: number;
   readonly #ring: () => void;
 
   /** `device`: this device's number, below DEVICES_MAX. `ring`: wake the backend for a request. */
@@ -123,6 +173,7 @@ export class DeviceGate implements DmaGate {
     this.#words = wordsOf(table);
     this.#base = DEVICES + device * PER_DEVICE;
     this.#frames = framesOf(this.#words);
+    this.#pool = poolOf(this.#words);
     this.#ring = ring;
   }
 
@@ -134,16 +185,34 @@ export class DeviceGate implements DmaGate {
     this.#words.add(this.#base + SEQUENCE, 1);
   }
 
-  allows(gfn: Gfn): boolean {
-    if (this.#words.load(MODE) === 1) return true;
+  translate(page: number, access: DmaAccess): Gfn | typeof NO_FRAME {
+    const context = this.#words.load(this.#base + CONTEXT);
+    if (context === BYPASS) return this.#isPinned(page) ? (page as Gfn) : NO_FRAME;
+    const gfn = context <= (BYPASS | OPEN) ? page : this.#find(context, page, access);
+    return gfn >= 0 && ((context & OPEN) !== 0 || this.#isPinned(gfn)) ? (gfn as Gfn) : NO_FRAME;
+  }
+
+  /** Whether the device may write to an address. */
+  allows(page: number): boolean {
+    return this.translate(page, "write") !== NO_FRAME;
+  }
+
+  #find(context: number, page: number, access: DmaAccess): number {
+    if (context < TABLES) return NO_FRAME;
+    const entry = walk(this.#words, this.#pool, (context - TABLES) >> 1, page);
+    const flag = access === "write" ? VIRTIO_IOMMU_MAP_F_WRITE : VIRTIO_IOMMU_MAP_F_READ;
+    return (entry & ENTRY_FLAGS & flag) === 0 ? NO_FRAME : entry >>> 2;
+  }
+
+  #isPinned(gfn: number): boolean {
     return gfn < this.#frames && (this.#words.load(BITMAP + (gfn >>> 5)) & (1 << (gfn & 31))) !== 0;
   }
 
   request(gfn: Gfn): boolean {
     if (this.#words.load(GRANTING) === 0 || gfn >= this.#frames) return false;
+    if (this.#words.load(this.#base + CONTEXT) > (BYPASS | OPEN)) return false;
     const at = this.#base + REQUEST;
-    this.#words.store(this.#base + REQUEST_LOW, gfn | 0);
-    this.#words.store(this.#base + REQUEST_HIGH, Math.floor(gfn / 2 ** 32));
+    this.#words.store(this.#base + REQUESTED, gfn);
     this.#words.store(at, ASKED);
     this.#ring();
     this.#words.wait(at, ASKED, REQUEST_TIMEOUT_MS);

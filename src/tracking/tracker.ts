@@ -19,6 +19,7 @@ import { type BeforeActivation, initialLife, LIVES, type Life, type LifeEvent, n
 import { framesOf, type Mapping } from "./mapping-trees.ts";
 import type { Pinner } from "./pinner.ts";
 import { Pins } from "./pins.ts";
+import { Remapping } from "./remapping.ts";
 import type { SoftwareIommu } from "./software-iommu.ts";
 import { StaticPins } from "./static-pins.ts";
 
@@ -49,6 +50,8 @@ export interface TrackerOptions {
  * request is served between slices of an unpin pass, never inside one.
  */
 export class Tracker {
+  /** Domains of endpoints, which pin and unpin here. */
+  readonly remapping: Remapping;
   readonly #o: TrackerOptions;
   readonly #pins: Pins;
   readonly #ledger: Ledger;
@@ -78,6 +81,7 @@ export class Tracker {
     this.#pins = new Pins(options);
     this.#ledger = this.#pins.ledger;
     this.#static = new StaticPins(options.memory, options.pinner, options.iommu);
+    this.remapping = new Remapping(options.iommu, this);
     options.counters.startedAt = options.counters.changedAt = options.clock.now();
     options.iommu.setGranting(this.#granting);
     this.#show();
@@ -114,7 +118,9 @@ export class Tracker {
    * state wants pinned without a request is pinned. Throws HostError when that fails; the memory is known all the same.
    */
   setMemory(regions: readonly GuestRegion[]): void {
-    this.#drop(this.#o.memory.backedOtherwise(regions, this.#ledger.frames()));
+    const lost = this.#o.memory.backedOtherwise(regions, this.#ledger.frames());
+    this.remapping.forget(lost);
+    this.#drop(lost.filter((gfn) => this.#ledger.has(gfn)));
     this.#o.memory.setRegions(regions);
     this.#pins.releaseOrphans();
     this.#pinUnasked();
@@ -154,6 +160,7 @@ export class Tracker {
     this.#table = undefined;
     this.#passAt = undefined;
     this.#enter("machine-reset");
+    this.remapping.reset(false);
     this.#drop([...this.#ledger.frames()]);
     this.#pinUnasked();
   }

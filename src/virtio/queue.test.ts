@@ -2,7 +2,7 @@ import assert from "node:assert/strict";
 import test from "node:test";
 import { ram, ramRegion } from "../../test/support/guest.ts";
 import type { Gfn, Gpa } from "../base/units.ts";
-import { GatedMemory } from "../memory/gated-memory.ts";
+import { GatedMemory, NO_FRAME } from "../memory/gated-memory.ts";
 import { GuestMemory } from "../memory/guest-memory.ts";
 import {
   Desc,
@@ -271,7 +271,12 @@ for (const [what, layout] of [
 test("after a DMA fault the entry stays, and a later pop serves it once the frame is mapped", () => {
   const memory = ram(16);
   const mapped = new Set<Gfn>();
-  const gate = { enter() {}, leave() {}, allows: (gfn: Gfn) => mapped.has(gfn), request: () => false };
+  const gate = {
+    enter() {},
+    leave() {},
+    translate: (page: number) => (mapped.has(page as Gfn) ? (page as Gfn) : NO_FRAME),
+    request: () => false,
+  };
   const layout = { ...layoutAt(0, SIZE), desc: 0x2000 as Gpa };
   const driver = new DriverQueue(memory, layout);
   const device = new SplitQueue(new GatedMemory(memory, gate), layout, { indirect: true });

@@ -25,6 +25,11 @@ export const VIRTIO_IOMMU_T_PROBE = 0x05;
 /** abi.md section 3. */
 export const VIRTIO_IOMMU_T_PIN = 0x40;
 
+export const VIRTIO_IOMMU_ATTACH_F_BYPASS = 0x01;
+export const VIRTIO_IOMMU_MAP_F_READ = 0x01;
+export const VIRTIO_IOMMU_MAP_F_WRITE = 0x02;
+export const VIRTIO_IOMMU_MAP_F_MMIO = 0x04;
+
 export const VIRTIO_IOMMU_S_OK = 0;
 export const VIRTIO_IOMMU_S_IOERR = 1;
 export const VIRTIO_IOMMU_S_UNSUPP = 2;

@@ -4,7 +4,7 @@ import type { Gfn } from "../../src/base/units.ts";
 import { MemoryStore } from "../../src/device/block-store.ts";
 import { serveDisk } from "../../src/device/disk.ts";
 import { FrontEnd, memoryTable, USER_ADDRESS } from "../../src/device/front-end.ts";
-import type { DmaGate } from "../../src/memory/gated-memory.ts";
+import { type DmaGate, NO_FRAME } from "../../src/memory/gated-memory.ts";
 import { layoutAt } from "../../src/virtio/driver-queue.ts";
 import { VIRTIO_F_VERSION_1 } from "../../src/wire/pci.ts";
 import * as wire from "../../src/wire/vhost-user.ts";
@@ -35,9 +35,9 @@ class Gate implements DmaGate {
   leave(): void {
     check(--this.open === 0, "a DMA window is closed twice");
   }
-  allows(gfn: Gfn): boolean {
+  translate(page: number): Gfn | typeof NO_FRAME {
     check(this.open === 1, "a frame is looked up outside a DMA window");
-    return !this.forbidden.has(gfn);
+    return this.forbidden.has(page) ? NO_FRAME : (page as Gfn);
   }
   request(): boolean {
     check(this.open === 0, "a device waits inside a DMA window");

@@ -7,7 +7,7 @@ import {
   type DmaSegment,
   type PageAllocator,
 } from "../../src/driver/dma-api.ts";
-import type { DmaGate } from "../../src/memory/gated-memory.ts";
+import { type DmaGate, NO_FRAME } from "../../src/memory/gated-memory.ts";
 import type { GuestMemory } from "../../src/memory/guest-memory.ts";
 import { random } from "./random.ts";
 
@@ -70,7 +70,7 @@ export class TestDma implements DmaApi {
   readonly gate: DmaGate = {
     enter() {},
     leave() {},
-    allows: (gfn: Gfn) => this.isMapped(gfn),
+    translate: (page) => (this.isMapped(page) ? (page as Gfn) : NO_FRAME),
     request: () => false,
   };
   /** Every n-th attempt to map fails. */

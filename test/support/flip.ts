@@ -14,6 +14,6 @@ export const flipping =
       },
       load16: (gpa) => sound.load16(gpa),
       store16: (gpa, value) => sound.store16(gpa, value),
-      transfer: (gpa, length, each) => sound.transfer(gpa, length, each),
+      transfer: (...args) => sound.transfer(...args),
     };
   };

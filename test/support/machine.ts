@@ -29,6 +29,7 @@ export function machine(options: MachineOptions = {}) {
   const gate = new DeviceGate(iommuBuffer, 0, () =>
     iommu.serveRequests((gfn) => tracker.touchedByFirmware(gfn)),
   );
+  const otherGate = new DeviceGate(iommuBuffer, 1, () => {});
   const policy = new LruPolicy();
   const count = counters(TRACKING_COUNTERS, countersBuffer(TRACKING_COUNTERS));
   const tracker: Tracker = new Tracker({
@@ -51,6 +52,7 @@ export function machine(options: MachineOptions = {}) {
     pinner,
     iommu,
     gate,
+    otherGate,
     tracker,
     table,
     counters: count,

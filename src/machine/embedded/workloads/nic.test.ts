@@ -88,7 +88,7 @@ const misplacing = (sound: GuestAccess): GuestAccess => {
     read: (gpa, into) => sound.read(gpa, into),
     load16: (gpa) => sound.load16(gpa),
     store16: (gpa, value) => sound.store16(gpa, value),
-    transfer: (gpa, length, each) => sound.transfer(gpa, length, each),
+    transfer: (...args) => sound.transfer(...args),
     write: (gpa, from) => {
       if (from.length > ReceiveDescriptor.size) {
         const target = ++count % 40 === 0 ? before : gpa;
@@ -109,7 +109,7 @@ const forgetting = (sound: GuestAccess): GuestAccess => {
   return {
     load16: (gpa) => sound.load16(gpa),
     store16: (gpa, value) => sound.store16(gpa, value),
-    transfer: (gpa, length, each) => sound.transfer(gpa, length, each),
+    transfer: (...args) => sound.transfer(...args),
     write: (gpa, from) => sound.write(gpa, from),
     read: (gpa, into) => {
       sound.read(gpa, into);
