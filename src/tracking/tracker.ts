@@ -1,9 +1,9 @@
 import type { Clock } from "../base/clock.ts";
 import { HostError } from "../base/errors.ts";
 import { FrameIndex, grown } from "../base/frame-index.ts";
-import { FRAME_SIZE, GFN_LIMIT, type Gfn, type Gpa, gpaOf, type Nanoseconds } from "../base/units.ts";
+import { FRAME_SIZE, GFN_LIMIT, type Gfn, type Gpa, gpaOf } from "../base/units.ts";
 import type { GuestMemory, GuestRegion } from "../memory/guest-memory.ts";
-import { type Claim, GfnBuffer, type UnpinPolicy } from "../policy/policy.ts";
+import type { UnpinPolicy } from "../policy/policy.ts";
 import {
   VIRTIO_IOMMU_S_FAULT,
   VIRTIO_IOMMU_S_IOERR,
@@ -22,11 +22,11 @@ import { Pins } from "./pins.ts";
 import { Remapping } from "./remapping.ts";
 import type { SoftwareIommu } from "./software-iommu.ts";
 import { StaticPins } from "./static-pins.ts";
+import { TableInUse } from "./table-in-use.ts";
+import { UnpinPasses } from "./unpin-passes.ts";
 
 export { TRACKING_COUNTERS, type TrackingCounters } from "./counters.ts";
 
-/** Frames in one slice of an unpin pass: what a PIN request may have to wait for. */
-const SLICE_FRAMES = 256;
 /** Below 1 MiB firmware keeps what it lets devices touch. */
 const FIRMWARE_WINDOW_END = 256 as Gfn;
 
@@ -56,23 +56,17 @@ export class Tracker {
   readonly #pins: Pins;
   readonly #ledger: Ledger;
   readonly #static: StaticPins;
-  #table: DmaTrackingTable | undefined;
+  readonly #table: TableInUse;
+  readonly #passes: UnpinPasses;
   #life: Life;
-  #generation = NO_TABLE;
-  #complete = false;
   #quota: number;
   #parks = 0;
   #parkedByOperator = false;
-  #passAt: Nanoseconds | undefined;
-  #passMapped = 0;
 
   // Scratch, reused: a request's frames and units, and what of them is new.
   #gfns = new Float64Array(256);
   #units = new Float64Array(256);
   readonly #fresh = new FrameIndex();
-  // Scratch of a slice, which may run inside a request that needs room.
-  readonly #candidates = new GfnBuffer(SLICE_FRAMES);
-  readonly #claimed = new GfnBuffer(SLICE_FRAMES);
 
   constructor(options: TrackerOptions) {
     this.#o = options;
@@ -80,6 +74,9 @@ export class Tracker {
     this.#quota = options.quota;
     this.#pins = new Pins(options);
     this.#ledger = this.#pins.ledger;
+    this.#table = new TableInUse(this.#ledger);
+    const parts = { pins: this.#pins, table: this.#table, clock: options.clock, counters: options.counters };
+    this.#passes = new UnpinPasses({ ...parts, parked: () => this.parked });
     this.#static = new StaticPins(options.memory, options.pinner, options.iommu);
     this.remapping = new Remapping(options.iommu, this);
     options.counters.startedAt = options.counters.changedAt = options.clock.now();
@@ -108,7 +105,7 @@ export class Tracker {
     return this.#parks > 0;
   }
   get active(): boolean {
-    return this.#table !== undefined;
+    return this.#table.active;
   }
 
   // --- the guest's life ------------------------------------------------------------------------------------------
@@ -142,23 +139,21 @@ export class Tracker {
   activate(root: number, levels: number, complete: boolean): boolean {
     const { memory, openTable = (m, r, l) => new DmaTrackingTable(m, r, l) } = this.#o;
     if (!DmaTrackingTable.valid(memory, root, levels)) return false;
-    this.#table = openTable(memory, root as Gpa, levels);
-    this.#generation++;
-    this.#complete = complete;
+    this.#table.open(openTable(memory, root as Gpa, levels), complete);
     this.#enter("pin-on");
     return true;
   }
 
   /** PIN off, or reset of the virtio-iommu device. What is pinned stays: assigned devices may still write to it. */
   deactivate(event: "pin-off" | "device-reset"): void {
-    this.#table = undefined;
-    this.#passAt = undefined;
+    this.#table.close();
+    this.#passes.stop();
     this.#enter(event);
   }
 
   machineReset(): void {
-    this.#table = undefined;
-    this.#passAt = undefined;
+    this.#table.close();
+    this.#passes.stop();
     this.#enter("machine-reset");
     this.remapping.reset(false);
     this.#drop([...this.#ledger.frames()]);
@@ -197,7 +192,7 @@ export class Tracker {
   /** A pass that is under way ends. The new policy is told of what is pinned, in slices, when the next pass begins. */
   setPolicy(policy: UnpinPolicy): void {
     this.#pins.setPolicy(policy);
-    this.#passAt = undefined;
+    this.#passes.stop();
   }
 
   /** Below what is pinned, it refuses new pins until that has fallen; nothing is torn out. */
@@ -218,11 +213,9 @@ export class Tracker {
    */
   unpinIdle(first: number, end: number, from: number) {
     if (from === 0) this.#beforePass();
-    this.#candidates.clear();
-    const next = this.#ledger.collect(first, end, from, SLICE_FRAMES, this.#candidates);
-    const unpinned = this.parked ? 0 : this.#unpinCandidates(this.#o.clock.now(), true);
+    const outcome = this.#passes.idle(first, end, from);
     this.#changed();
-    return { unpinned, stayed: this.#candidates.length - unpinned, next };
+    return outcome;
   }
 
   // --- PIN request -----------------------------------------------------------------------------------------------
@@ -241,8 +234,7 @@ export class Tracker {
   }
 
   #pin(ranges: readonly { readonly gfn: number; readonly nrFrames: number }[]): number {
-    const table = this.#table;
-    if (!table) return VIRTIO_IOMMU_S_UNSUPP;
+    if (!this.#table.active) return VIRTIO_IOMMU_S_UNSUPP;
     const total = ranges.reduce((sum, r) => sum + r.nrFrames, 0);
     if (total > this.#o.memory.size / FRAME_SIZE) return VIRTIO_IOMMU_S_RANGE;
     if (ranges.some((r) => r.gfn + r.nrFrames > GFN_LIMIT)) return VIRTIO_IOMMU_S_RANGE;
@@ -252,17 +244,14 @@ export class Tracker {
     for (const { gfn: first, nrFrames } of ranges)
       for (let gfn = first as Gfn; gfn < first + nrFrames; gfn++) {
         if (!this.#o.memory.find(gpaOf(gfn), FRAME_SIZE)) return VIRTIO_IOMMU_S_RANGE;
-        const unit = table.walk(gfn);
+        const unit = this.#table.walk(gfn);
         if (unit === NO_UNIT) return VIRTIO_IOMMU_S_FAULT;
         this.#gfns[n] = gfn;
         this.#units[n++] = unit;
       }
-    const status = this.#pinFresh(n, this.#generation);
+    const status = this.#pinFresh(n, this.#table.generation);
     if (status !== VIRTIO_IOMMU_S_OK) return status;
-    for (let i = 0; i < n; i++) {
-      this.#ledger.claim(this.#gfns[i]! as Gfn, this.#generation);
-      table.setPinned(this.#units[i]! as Unit);
-    }
+    for (let i = 0; i < n; i++) this.#table.own(this.#gfns[i]! as Gfn, this.#units[i]! as Unit);
     return VIRTIO_IOMMU_S_OK;
   }
 
@@ -331,10 +320,14 @@ export class Tracker {
   startPass(): void {
     this.#beforePass();
     this.#changed();
-    if (!this.#table || this.parked || this.#passAt !== undefined) return;
-    this.#passAt = this.#o.clock.now();
-    this.#passMapped = 0;
-    this.#o.counters.passes++;
+    this.#passes.start();
+  }
+
+  /** One slice of the pass. True while there is more. */
+  slice(): boolean {
+    const more = this.#passes.slice();
+    this.#changed();
+    return more;
   }
 
   #beforePass(): void {
@@ -342,82 +335,11 @@ export class Tracker {
     this.#pins.releaseOrphans();
   }
 
-  /** One slice of the pass. True while there is more. */
-  slice(): boolean {
-    if (this.#passAt === undefined) return false;
-    if (this.#pins.tellPolicy(SLICE_FRAMES)) {
-      this.#passAt = this.#o.clock.now(); // it begins when its policy knows all
-      return true;
-    }
-    const more = !this.parked && this.#slice(this.#passAt);
-    if (!more) {
-      this.#passAt = undefined;
-      if (!this.parked) this.#o.counters.framesMapped = this.#passMapped;
-    }
-    this.#changed();
-    return more;
-  }
-
-  #slice(now: Nanoseconds): boolean {
-    this.#candidates.clear();
-    this.#pins.policy.candidates(now, { framesMax: SLICE_FRAMES }, this.#candidates);
-    this.#unpinCandidates(now, false);
-    return this.#candidates.length > 0;
-  }
-
-  /** Returns how many went. `accessed`: also those that were mapped lately; then it is no try of the policy's. */
-  #unpinCandidates(now: Nanoseconds, accessed: boolean): number {
-    this.#claimed.clear();
-    for (let i = 0; i < this.#candidates.length; i++) {
-      const gfn = this.#candidates.at(i);
-      let outcome = this.#claim(gfn);
-      // That has cleared A.
-      if (accessed && outcome === "accessed") outcome = this.#claim(gfn);
-      if (outcome === "claimed") this.#claimed.push(gfn);
-      else if (!accessed) {
-        if (outcome === "mapped") this.#passMapped++;
-        this.#pins.policy.tried(gfn, outcome, now);
-      }
-    }
-    const unpinned = this.#pins.unpin(this.#claimed, now);
-    for (let i = unpinned; i < this.#claimed.length; i++) this.#unclaim(this.#claimed.at(i));
-    this.#o.counters.framesUnpinned += unpinned;
-    return unpinned;
-  }
-
-  #claim(gfn: Gfn): Claim {
-    const table = this.#table;
-    if (!table || !this.#ledger.has(gfn)) return "gone";
-    if (this.#ledger.isNeeded(gfn)) return "mapped";
-    const foreign = this.#ledger.generation(gfn) !== this.#generation;
-    // abi.md section 3: "PIN on without COMPLETE: ... unpin only frames that this table once claimed."
-    if (foreign && !this.#complete) return "mapped";
-    const unit = table.walk(gfn);
-    const outcome = unit === NO_UNIT ? "not-pinned" : table.claimForUnpin(unit);
-    if (outcome !== "not-pinned") return outcome;
-    // P and COUNT are 0, so nobody relies on this pin: a map from now on asks. One of firmware, or of an earlier table,
-    // may go. One that this table claimed has had its P cleared by the guest: abi.md section 4 keeps it.
-    return foreign ? "claimed" : "mapped";
-  }
-
-  /** Take a claim back: the page is still pinned. */
-  #unclaim(gfn: Gfn): void {
-    const unit = this.#table?.walk(gfn) ?? NO_UNIT;
-    if (unit !== NO_UNIT && this.#ledger.generation(gfn) === this.#generation) this.#table?.setPinned(unit);
-  }
-
   /** Unpin now all that may be: for a request that would not fit. True if anything was unpinned. */
   #unpinAll(): boolean {
     const before = this.#pins.size;
     this.#beforePass();
-    while (this.#pins.tellPolicy(SLICE_FRAMES));
-    // The first pass clears A, the second unpins what was idle.
-    for (let pass = 0; pass < 2 && this.#table && !this.parked; pass++) {
-      const now = this.#o.clock.now();
-      // A pass that is under way finds nothing more to try, and ends with what this one counts.
-      this.#passMapped = 0;
-      while (this.#slice(now));
-    }
+    this.#passes.runAll();
     return this.#pins.size < before;
   }
 
@@ -452,10 +374,7 @@ export class Tracker {
 
   /** Let go of frames whatever their units say; a table that is in use loses their P, so that the guest asks again. */
   #drop(gfns: readonly Gfn[]): void {
-    for (const gfn of gfns) {
-      const unit = this.#table?.walk(gfn) ?? NO_UNIT;
-      if (unit !== NO_UNIT) this.#table?.clearPinned(unit);
-    }
+    for (const gfn of gfns) this.#table.clearPinned(gfn);
     this.#pins.drop(gfns);
     this.#o.counters.framesUnpinned += gfns.length;
   }

@@ -1,0 +1,78 @@
+import type { Gfn } from "../base/units.ts";
+import type { Claim } from "../policy/policy.ts";
+import { type DmaTrackingTable, NO_UNIT, type Unit } from "./dtt.ts";
+import { type Ledger, NO_TABLE } from "./ledger.ts";
+
+/** The table that a driver has turned PIN on with, if any, and what of the ledger it has claimed since. */
+export class TableInUse {
+  readonly #ledger: Ledger;
+  #table: DmaTrackingTable | undefined;
+  #generation = NO_TABLE;
+  #complete = false;
+
+  constructor(ledger: Ledger) {
+    this.#ledger = ledger;
+  }
+
+  get active(): boolean {
+    return this.#table !== undefined;
+  }
+  /** Of the activation: what the ledger has for frames that this table claims. */
+  get generation(): number {
+    return this.#generation;
+  }
+
+  /** `complete`: it has every live mapping of every assigned function (abi.md section 3, pin_flags). */
+  open(table: DmaTrackingTable, complete: boolean): void {
+    this.#table = table;
+    this.#generation++;
+    this.#complete = complete;
+  }
+
+  close(): void {
+    this.#table = undefined;
+  }
+
+  walk(gfn: Gfn): Unit {
+    return this.#table?.walk(gfn) ?? NO_UNIT;
+  }
+
+  /** A request for `gfn`, which is pinned, is answered. */
+  own(gfn: Gfn, unit: Unit): void {
+    this.#ledger.claim(gfn, this.#generation);
+    this.#table?.setPinned(unit);
+  }
+
+  /** May this frame of the ledger be unpinned? "claimed": yes, and its P is clear now. */
+  claim(gfn: Gfn): Claim {
+    const table = this.#table;
+    if (!table || !this.#ledger.has(gfn)) return "gone";
+    if (this.#ledger.isNeeded(gfn)) return "mapped";
+    const foreign = this.#foreign(gfn);
+    // abi.md section 3: "PIN on without COMPLETE: ... unpin only frames that this table once claimed."
+    if (foreign && !this.#complete) return "mapped";
+    const unit = table.walk(gfn);
+    const outcome = unit === NO_UNIT ? "not-pinned" : table.claimForUnpin(unit);
+    if (outcome !== "not-pinned") return outcome;
+    // P and COUNT are 0, so nobody relies on this pin: a map from now on asks. One of firmware, or of an earlier table,
+    // may go. One that this table claimed has had its P cleared by the guest: abi.md section 4 keeps it.
+    return foreign ? "claimed" : "mapped";
+  }
+
+  /** Take a claim back: the page is still pinned. */
+  unclaim(gfn: Gfn): void {
+    const unit = this.walk(gfn);
+    if (unit !== NO_UNIT && !this.#foreign(gfn)) this.#table?.setPinned(unit);
+  }
+
+  /** The frame goes whatever its unit says: the guest is to ask again. */
+  clearPinned(gfn: Gfn): void {
+    const unit = this.walk(gfn);
+    if (unit !== NO_UNIT) this.#table?.clearPinned(unit);
+  }
+
+  /** Pinned for firmware, for a domain, or by an earlier table, and not asked for since. */
+  #foreign(gfn: Gfn): boolean {
+    return this.#ledger.generation(gfn) !== this.#generation;
+  }
+}
