@@ -151,8 +151,8 @@ static void driver_binds(struct device *dev)
 		unhook_device(dev);	/* left by a failed probe */
 		goto out;
 	}
-	/* It may have been hot-plugged since we asked. */
-	if (phase == PHASE_ON && dev != self && !is_assigned(dev))
+	/* It may have been plugged since we asked, or be in the place of one that was. */
+	if (phase == PHASE_ON && dev != self)
 		coiommu_viommu_read_assigned();
 	if (!is_assigned(dev) || !hook_device(dev))
 		goto out;
