@@ -79,7 +79,7 @@ function inVm(options: MachineOptions, guest: Guest, progress: Progress): Runner
   };
 }
 
-function vmPinner(name: MachineOptions["pinner"], warn: (text: string) => void): PinnerName {
+export function vmPinner(name: MachineOptions["pinner"], warn: (text: string) => void): PinnerName {
   if (name !== "auto") return checkedPinner(name);
   const reason = IoUringPinner.unavailable();
   if (reason === undefined) return "io_uring";

@@ -33,16 +33,20 @@ Workloads, with what they are by default:
   script:FILE                                   what the script does (VM)
   shell                                         what you do (VM)`;
 
-/** Options that `run` and `compare` share, as commander gives them. */
-export interface MachineOptions {
-  readonly machine: (typeof MACHINES)[number];
-  readonly memory: number;
-  readonly cpus: number;
-  readonly accel: (typeof ACCELS)[number];
+/** Options of addPinOptions(), as commander gives them. */
+export interface PinOptions {
   readonly policy: string;
   readonly interval: Nanoseconds;
   readonly quota?: Quota;
   readonly pinner: (typeof PINNERS)[number];
+}
+
+/** Options that `run` and `compare` share. */
+export interface MachineOptions extends PinOptions {
+  readonly machine: (typeof MACHINES)[number];
+  readonly memory: number;
+  readonly cpus: number;
+  readonly accel: (typeof ACCELS)[number];
   /** Undefined for the default of the machine. */
   readonly workload?: Workload;
   readonly disk?: string;
@@ -50,28 +54,23 @@ export interface MachineOptions {
   readonly json?: string;
 }
 
-export function addMachineOptions(command: Command): Command {
-  const option = (
-    flags: string,
-    text: string,
-    parse: (value: string) => unknown,
-    value?: unknown,
-    shown?: string,
-  ) =>
-    command.addOption(
-      value === undefined
-        ? new Option(flags, text).argParser(parse)
-        : new Option(flags, text).argParser(parse).default(value, shown),
-    );
-  option(
-    "--machine <name>",
-    "qemu (a VM), embedded (guest CPUs are threads of this process; needs Node alone), or auto: a VM if it can be had",
-    parseOneOf(MACHINES),
-    "auto",
-  );
-  option("--memory <size>", "guest memory: 512M, 2G", parseMemoryMiB, 1024, "1G");
-  option("--cpus <n>", "guest CPUs", parseCount(1, 64), 1);
-  option("--accel <name>", "how QEMU runs the guest: auto, tcg, kvm", parseOneOf(ACCELS), "auto");
+type AddOption = (
+  flags: string,
+  text: string,
+  parse: (value: string, previous: unknown) => unknown,
+  value?: unknown,
+  shown?: string,
+) => unknown;
+
+export const optionOf =
+  (command: Command): AddOption =>
+  (flags, text, parse, value, shown) => {
+    const option = new Option(flags, text).argParser(parse);
+    command.addOption(value === undefined ? option : option.default(value, shown));
+  };
+
+/** Options of how a VM's pins are managed: of `run`, `compare` and `attach`. */
+export function addPinOptions(option: AddOption): void {
   option("--policy <name>", "when to unpin: see `coiommu policies`", checkedPolicy, "lru");
   option(
     "--interval <time>",
@@ -91,6 +90,20 @@ export function addMachineOptions(command: Command): Command {
     parseOneOf(PINNERS),
     "auto",
   );
+}
+
+export function addMachineOptions(command: Command): Command {
+  const option = optionOf(command);
+  option(
+    "--machine <name>",
+    "qemu (a VM), embedded (guest CPUs are threads of this process; needs Node alone), or auto: a VM if it can be had",
+    parseOneOf(MACHINES),
+    "auto",
+  );
+  option("--memory <size>", "guest memory: 512M, 2G", parseMemoryMiB, 1024, "1G");
+  option("--cpus <n>", "guest CPUs", parseCount(1, 64), 1);
+  option("--accel <name>", "how QEMU runs the guest: auto, tcg, kvm", parseOneOf(ACCELS), "auto");
+  addPinOptions(option);
   option(
     "--workload <what>",
     "see below (default: fio:rw=randread,bs=4k,iodepth=32,seconds=5; embedded: 4 seconds of it)",

@@ -1,30 +1,19 @@
 import { CommanderError } from "commander";
 import { CoiommuError, UserError } from "../base/errors.ts";
-import { closeAll } from "../control/run.ts";
 import { program } from "./program.ts";
+import { installSignals, isInterrupted } from "./signals.ts";
 
 /** Who reads us may stop, as `head` does. */
 process.stdout.on("error", (error: NodeJS.ErrnoException) => {
   if (error.code !== "EPIPE") throw error;
 });
 
-/** Ctrl-C and friends end the VMs under way, in order; what their runs say of it is no news. */
-let interrupted = false;
-for (const [signal, code] of [
-  ["SIGINT", 130],
-  ["SIGTERM", 143],
-  ["SIGHUP", 129],
-] as const)
-  process.once(signal, () => {
-    interrupted = true;
-    process.stderr.write(`\ncoiommu: ${signal}: ending the guest\n`);
-    void closeAll().then(() => process.exit(code));
-  });
+installSignals();
 
 try {
   await program().parseAsync();
 } catch (error) {
-  if (!interrupted) process.exitCode = report(error);
+  if (!isInterrupted()) process.exitCode = report(error);
 }
 
 function report(error: unknown): number {

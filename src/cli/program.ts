@@ -1,4 +1,5 @@
 import { Command } from "commander";
+import { attachCommand } from "./attach.ts";
 import { compareCommand } from "./compare.ts";
 import { doctorCommand } from "./doctor.ts";
 import { policiesCommand } from "./policies.ts";
@@ -12,7 +13,14 @@ export function program(): Command {
       "A virtual IOMMU that tracks a guest's DMA buffers cooperatively: pin only what devices use.",
     )
     .showHelpAfterError("(coiommu --help, or coiommu COMMAND --help, shows what is accepted)");
-  for (const command of [doctorCommand(), runCommand(), compareCommand(), policiesCommand(), simCommand()])
+  for (const command of [
+    doctorCommand(),
+    runCommand(),
+    compareCommand(),
+    attachCommand(),
+    policiesCommand(),
+    simCommand(),
+  ])
     root.addCommand(command.copyInheritedSettings(root));
   for (const command of [root, ...root.commands]) command.exitOverride();
   return root;

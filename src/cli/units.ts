@@ -1,6 +1,6 @@
 import { InvalidArgumentError } from "commander";
 import { UserError } from "../base/errors.ts";
-import { FRAME_SIZE, milliseconds, type Nanoseconds } from "../base/units.ts";
+import { type Bdf, FRAME_SIZE, milliseconds, type Nanoseconds, parseBdf } from "../base/units.ts";
 
 /** Values as people write them. Each throws what commander prints after the flag's name: the accepted form. */
 
@@ -82,3 +82,12 @@ export const parseListOf =
     if (new Set(list).size !== list.length) throw new InvalidArgumentError("It names something twice.");
     return list;
   };
+
+/** "0000:00:05.0,0000:00:06.0": functions of segment 0, as lspci names them. */
+export const parseBdfs = (text: string): Bdf[] =>
+  text.split(",").map((word) => {
+    const bdf = parseBdf(word);
+    if (bdf === undefined)
+      throw new InvalidArgumentError("It takes functions as `lspci -D` names them, such as 0000:00:05.0.");
+    return bdf;
+  });

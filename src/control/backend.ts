@@ -1,4 +1,5 @@
 import { HostError, PeerError } from "../base/errors.ts";
+import type { Bdf } from "../base/units.ts";
 import { drainFd } from "../host/eventfd.ts";
 import { closeFd } from "../host/libc.ts";
 import { FdMapper } from "../host/mapping.ts";
@@ -45,6 +46,8 @@ export class Backend {
     });
     this.#commands = new CommandServer(data, {
       started: () => this.#host.started(),
+      assign: (bdf: Bdf) => this.#host.assign(bdf),
+      unassign: (bdf: Bdf) => this.#host.unassign(bdf),
       stop: () => this.#stop(),
     });
     this.#reactor.watch(data.wakeFd, () => {

@@ -22,6 +22,8 @@ export interface DiskData {
   readonly socketFd: number;
   readonly touchFd: number;
   readonly iommu: SharedArrayBuffer;
+  /** Its number at the software IOMMU. */
+  readonly gate: number;
   readonly counters: SharedArrayBuffer;
   readonly disk: StoreOptions;
 }
@@ -59,7 +61,7 @@ export class DiskThread {
 
   /** Throws UserError when the image cannot be used. */
   #open(): void {
-    const { socketFd, touchFd, iommu, disk } = this.#data;
+    const { socketFd, touchFd, iommu, gate, disk } = this.#data;
     this.#store = openStore(disk);
     this.#disk = serveDisk({
       ports: {
@@ -69,7 +71,7 @@ export class DiskThread {
         fds: { signal: signalFd, drain: drainFd, close: closeFd },
       },
       store: this.#store,
-      gate: new DeviceGate(iommu, 0, () => signalFd(touchFd)),
+      gate: new DeviceGate(iommu, gate, () => signalFd(touchFd)),
       counters: counters(DEVICE_COUNTERS, this.#data.counters),
       onClose: (error) => this.#commands.tellEnd(error ?? new PeerGone("QEMU has left")),
     });

@@ -1,5 +1,5 @@
 import { HostError, UserError } from "../base/errors.ts";
-import type { Bdf, Nanoseconds } from "../base/units.ts";
+import { type Bdf, FRAME_SIZE, type Nanoseconds } from "../base/units.ts";
 import { monotonicClock } from "../host/clock.ts";
 import { IoUringPinner } from "../host/io-uring-pinner.ts";
 import { canExceedMemlock, memlockLimit } from "../host/limits.ts";
@@ -21,6 +21,7 @@ export type PinnerName = "io_uring" | "software";
 export interface HostSideData {
   readonly iommu: SharedArrayBuffer;
   readonly counters: SharedArrayBuffer;
+  /** Functions that are tracked from the start. */
   readonly assigned: readonly Bdf[];
   readonly strategy: Strategy;
   /** Whether firmware runs before the guest's driver, and may make devices use memory. */
@@ -52,6 +53,9 @@ export interface Stopped {
 /** How long the kernel may take to let go of pins: io_uring releases up to 1 s late on Linux 6.1. */
 const RELEASE_LIMIT_MS = 3000;
 
+/** Memory of a device, or memory that was plugged where no RAM was expected. */
+const BEYOND_TABLE = "QEMU shares memory beyond the guest's RAM: no device of ours can reach it";
+
 /**
  * The backend without its loop: the virtio-iommu of one guest and all behind it. Whoever owns it calls work() between
  * requests, and sleeps no longer than that says.
@@ -62,6 +66,7 @@ export class HostSide {
   readonly #data: HostSideData;
   readonly #warn: (text: string) => void;
   readonly #iommu: SoftwareIommu;
+  readonly #assigned: Set<Bdf>;
   readonly #pinner: Pinner;
   readonly #tracker: Tracker;
   readonly #device: VirtioIommu;
@@ -80,6 +85,7 @@ export class HostSide {
     this.#iommu = new SoftwareIommu(data.iommu, monotonicClock);
     this.#iommu.setOpen(data.strategy === "none");
     this.#pinner = data.pinner === "io_uring" ? new IoUringPinner() : new SoftwarePinner();
+    this.#assigned = new Set(data.assigned);
     this.#kernelPagesBefore = this.#pinner.kernelPinnedPages();
     this.#tracker = new Tracker({
       memory: this.memory,
@@ -95,7 +101,7 @@ export class HostSide {
     this.#device = new VirtioIommu({
       memory: this.memory,
       tracker: this.#tracker,
-      assigned: new Set(data.assigned),
+      assigned: this.#assigned,
       pinPage: data.strategy === "coiommu",
       hostError: (error) => this.#hostFailed(error),
     });
@@ -105,13 +111,26 @@ export class HostSide {
 
   setMemory(regions: readonly GuestRegion[]): void {
     const before = monotonicClock.now();
+    const covered = regions.filter(({ gpa, size }) => gpa + size <= this.#iommu.frames * FRAME_SIZE);
+    if (covered.length < regions.length) this.#warn(BEYOND_TABLE);
     try {
-      this.#tracker.setMemory(regions);
+      this.#tracker.setMemory(covered);
     } catch (error) {
       if (!(error instanceof HostError)) throw error;
       this.#hostFailed(error);
     }
     if (!this.#started) this.#pinTime += monotonicClock.now() - before;
+  }
+
+  /**
+   * A function is plugged, or gone. The guest's driver asks which ones are assigned whenever one binds. What a function
+   * that is gone had mapped is unpinned as ever: when its driver has unmapped it.
+   */
+  assign(bdf: Bdf): void {
+    this.#assigned.add(bdf);
+  }
+  unassign(bdf: Bdf): void {
+    this.#assigned.delete(bdf);
   }
 
   /** Answer devices that ask for frames which they touch before the guest's driver is active. */

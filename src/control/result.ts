@@ -82,6 +82,22 @@ export interface CompareResult {
   readonly runs: readonly RunResult[];
 }
 
+/** `coiommu attach --json`. */
+export interface AttachResult {
+  readonly schema: "coiommu.attach/1";
+  readonly host: RunResult["host"];
+  readonly guest: { readonly memoryMiB: number };
+  readonly assigned: readonly string[];
+  readonly policy: string;
+  readonly policyParameters: Readonly<Record<string, number | string>>;
+  readonly pinner: string;
+  readonly attachedMs: number;
+  readonly pins: RunResult["pins"];
+  readonly kernel: RunResult["kernel"];
+  /** Counted by our disks; null without one. */
+  readonly dma: RunResult["dma"] | null;
+}
+
 export const describeHost = (qemu: string | null, accel: string | null): RunResult["host"] => ({
   cpus: os.cpus().length,
   memoryMiB: Math.round(os.totalmem() / 2 ** 20),

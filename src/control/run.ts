@@ -112,7 +112,7 @@ function complaintsOf(
 const steadyOf = ({ first, last }: Worked): RunResult["steady"] =>
   first && last && { maps: last.map - first.map, pinRequests: last.pinRequests - first.pinRequests };
 
-function dmaOf({ devices }: Machine): RunResult["dma"] {
+export function dmaOf({ devices }: Pick<Machine, "devices">): RunResult["dma"] {
   const sum = (name: "transfers" | "bytes" | "faults") => devices.reduce((total, d) => total + d[name], 0);
   return { transfers: sum("transfers"), bytes: sum("bytes"), faults: sum("faults") };
 }
@@ -127,7 +127,10 @@ function sample({ pins }: Machine, { strategy }: RunOptions, ms: number): RunRes
   };
 }
 
-function pinsOf({ pins }: Machine, { strategy, quota }: RunOptions): RunResult["pins"] {
+export function pinsOf(
+  { pins }: Pick<Machine, "pins">,
+  { strategy, quota }: Pick<RunOptions, "strategy" | "quota">,
+): RunResult["pins"] {
   const tracked = strategy === "coiommu";
   return {
     requests: tracked ? pins.pinRequests : null,
@@ -143,7 +146,11 @@ function pinsOf({ pins }: Machine, { strategy, quota }: RunOptions): RunResult["
   };
 }
 
-function kernelOf(machine: Machine, { strategy }: RunOptions, { backend }: MachineEnd): RunResult["kernel"] {
+export function kernelOf(
+  machine: Pick<Machine, "pins" | "started">,
+  { strategy }: Pick<RunOptions, "strategy">,
+  { backend }: MachineEnd,
+): RunResult["kernel"] {
   const before = backend.kernelPagesBefore;
   if (strategy === "none" || before === null) return { pinnedPagesPeak: null, source: "none" };
   return {

@@ -1,16 +1,17 @@
 import { setTimeout as sleep } from "node:timers/promises";
-import { UserError } from "../base/errors.ts";
-import { FRAME_SIZE } from "../base/units.ts";
+import { type Errno, invariant, UserError } from "../base/errors.ts";
+import { type Bdf, FRAME_SIZE } from "../base/units.ts";
+import type { StoreOptions } from "../device/block-store.ts";
 import { DEVICE_COUNTERS, type DeviceCounters } from "../device/counters.ts";
 import { monotonicClock } from "../host/clock.ts";
 import { EventFd } from "../host/eventfd.ts";
 import { closeFd } from "../host/libc.ts";
 import { socketPair } from "../host/socket.ts";
-import { type WorkerEvent, WorkerHost, workerEntry } from "../machine/commands.ts";
+import { type Wake, type WorkerEvent, WorkerHost, workerEntry } from "../machine/commands.ts";
 import type { Guest } from "../machine/qemu/guest.ts";
 import { type Qemu, type QemuDevice, startQemu } from "../machine/qemu/qemu.ts";
 import { counters, countersBuffer } from "../memory/counters.ts";
-import { createIommuBuffer } from "../tracking/software-iommu.ts";
+import { createIommuBuffer, DEVICES_MAX } from "../tracking/software-iommu.ts";
 import { TRACKING_COUNTERS, type TrackingCounters } from "../tracking/tracker.ts";
 import type { BackendData } from "./backend.ts";
 import { DISK_BDF, DISK_SLOT, type DiskData, type DiskStopped } from "./disk.ts";
@@ -59,35 +60,36 @@ export class Vm implements Machine {
   readonly #parts: Parts;
   #closing: Promise<MachineEnd> | undefined;
 
-  private constructor(qemu: Qemu, started: Started, parts: Parts, options: VmOptions) {
+  private constructor(qemu: Qemu, started: Started, parts: Parts, disk: DiskPart, options: VmOptions) {
     this.host = describeHost(qemu.version, qemu.accel);
     this.qemu = qemu;
     this.started = started;
     this.#options = options;
     this.#parts = parts;
     this.pins = parts.pins;
-    this.disk = parts.disk;
-    this.devices = [parts.disk];
+    this.disk = disk.counters;
+    this.devices = [disk.counters];
     this.failed = parts.failed.promise;
   }
 
   /** Throws UserError when a part cannot start; then nothing is left behind. */
   static async start(options: VmOptions): Promise<Vm> {
-    const parts = new Parts(options);
+    const frames = (options.memoryMiB * 2 ** 20) / FRAME_SIZE + PCI_HOLE_FRAMES;
+    const parts = new Parts({ ...options, frames, assigned: [DISK_BDF] });
     let qemu: Qemu | undefined;
     try {
-      await parts.diskWorker.request("open");
+      const disk = await parts.addDisk(options.disk);
       qemu = await startQemu({
         kernel: options.guest.kernel,
         initrd: options.guest.initrd,
         memoryMiB: options.memoryMiB,
         cpus: options.cpus,
         accel: options.accel,
-        devices: parts.takeDevices(),
+        devices: devicesOf(parts, disk),
         ...(options.append && { append: options.append }),
         ...(options.shell && { shell: true }),
       });
-      return new Vm(qemu, await parts.started(options.memoryMiB), parts, options);
+      return new Vm(qemu, await parts.started(options.memoryMiB), parts, disk, options);
     } catch (error) {
       await qemu?.close();
       await parts.close().catch(() => {});
@@ -135,6 +137,21 @@ export class Vm implements Machine {
   }
 }
 
+const devicesOf = (parts: Parts, disk: DiskPart): QemuDevice[] => [
+  {
+    fds: [parts.takeIommuFd()],
+    arguments: ([fd]) => ["-device", `x-pci-proxy-dev,id=coiommu,fd=${fd},addr=${IOMMU_SLOT}`],
+  },
+  {
+    fds: [disk.takeFd()],
+    arguments: ([fd]) => [
+      ...["-chardev", `socket,id=disk,fd=${fd}`],
+      "-device",
+      `vhost-user-blk-pci,chardev=disk,num-queues=1,queue-size=256,iommu_platform=on,disable-legacy=on,addr=${DISK_SLOT}`,
+    ],
+  },
+];
+
 const stateOf = (counters: ModuleCounters): DriverState => ({
   map: counters.map ?? 0,
   unmap: counters.unmap ?? 0,
@@ -143,75 +160,139 @@ const stateOf = (counters: ModuleCounters): DriverState => ({
   pinRequests: counters.pin_requests ?? 0,
 });
 
-/** Threads, shared memory and sockets of one VM, from before QEMU starts until after it has ended. */
-class Parts {
-  readonly pins: TrackingCounters;
-  readonly disk: DeviceCounters;
-  readonly backendWorker: WorkerHost;
-  readonly diskWorker: WorkerHost;
-  readonly failed = Promise.withResolvers<never>();
-  readonly #touch = EventFd.create();
-  #devices: QemuDevice[];
-  #closing = false;
+type Settings =
+  | "strategy"
+  | "policy"
+  | "interval"
+  | "quota"
+  | "pinner"
+  | "onWarning"
+  | "backendEntry"
+  | "deviceEntry";
 
-  constructor(options: VmOptions) {
-    const [iommuFd, qemuIommuFd] = socketPair();
-    const [diskFd, qemuDiskFd] = socketPair();
-    this.#devices = [
-      {
-        fds: [qemuIommuFd],
-        arguments: ([fd]) => ["-device", `x-pci-proxy-dev,id=coiommu,fd=${fd},addr=${IOMMU_SLOT}`],
-      },
-      {
-        fds: [qemuDiskFd],
-        arguments: ([fd]) => [
-          ...["-chardev", `socket,id=disk,fd=${fd}`],
-          "-device",
-          `vhost-user-blk-pci,chardev=disk,num-queues=1,queue-size=256,iommu_platform=on,disable-legacy=on,addr=${DISK_SLOT}`,
-        ],
-      },
-    ];
-    const iommu = createIommuBuffer((options.memoryMiB * 2 ** 20) / FRAME_SIZE + PCI_HOLE_FRAMES);
-    const pins = countersBuffer(TRACKING_COUNTERS);
-    const disk = countersBuffer(DEVICE_COUNTERS);
-    this.pins = counters(TRACKING_COUNTERS, pins);
-    this.disk = counters(DEVICE_COUNTERS, disk);
-    const { strategy, pinner, policy, interval, quota } = options;
-    const touchFd = this.#touch.fd;
-    const onEvent = (event: WorkerEvent) => this.#hear(event, options.onWarning ?? (() => {}));
-    const wake = EventFd.create();
-    this.backendWorker = new WorkerHost({
-      name: "the backend",
-      entry: options.backendEntry ?? workerEntry(import.meta.url, "./backend-worker"),
-      data: {
-        ...{ wakeFd: wake.fd, socketFd: iommuFd, touchFd, iommu, counters: pins, assigned: [DISK_BDF] },
-        ...{ strategy, pinner, policy, interval, quota, firmware: true },
-      } satisfies BackendData,
-      wake,
-      onEvent,
-    });
-    const diskWake = EventFd.create();
-    this.diskWorker = new WorkerHost({
-      name: "the disk",
-      entry: options.deviceEntry ?? workerEntry(import.meta.url, "./disk-worker"),
-      data: {
-        ...{ wakeFd: diskWake.fd, socketFd: diskFd, touchFd, iommu, counters: disk, disk: options.disk },
-      } satisfies DiskData,
-      wake: diskWake,
-      onEvent,
-    });
-    this.failed.promise.catch(() => {});
-    for (const worker of [this.backendWorker, this.diskWorker])
-      void worker.ended.then((error) => {
-        if (error) this.failed.reject(error);
-      });
+export interface PartsOptions extends Pick<MachineOptions, Settings> {
+  /** GFNs that the IOMMU's table covers, from 0. */
+  readonly frames: number;
+  /** Functions that are tracked from the start. */
+  readonly assigned: readonly Bdf[];
+}
+
+/** An assigned disk of ours: its thread, and QEMU's end of its socket until somebody takes it. */
+export class DiskPart {
+  readonly worker: WorkerHost;
+  readonly counters: DeviceCounters;
+  /** Its number at the software IOMMU. */
+  readonly gate: number;
+  readonly #socket: HandOver;
+
+  constructor(worker: WorkerHost, counters: DeviceCounters, gate: number, qemuFd: number) {
+    this.worker = worker;
+    this.counters = counters;
+    this.gate = gate;
+    this.#socket = new HandOver(qemuFd);
   }
 
-  /** QEMU's ends of the sockets go with the devices. */
-  takeDevices(): QemuDevice[] {
-    const devices = this.#devices;
-    this.#devices = [];
-    return devices;
+  takeFd(): number {
+    return this.#socket.take();
+  }
+
+  async stop(): Promise<DiskStopped> {
+    this.#socket.close();
+    return await this.worker.stop<DiskStopped>();
+  }
+}
+
+/** An fd for QEMU, until somebody takes it to give it there. */
+class HandOver {
+  #fd: number | undefined;
+
+  constructor(fd: number) {
+    this.#fd = fd;
+  }
+
+  take(): number {
+    const fd = this.#fd;
+    invariant(fd !== undefined, "taken twice");
+    this.#fd = undefined;
+    return fd;
+  }
+
+  close(): void {
+    if (this.#fd !== undefined) closeFd(this.take());
+  }
+}
+
+/** Threads, shared memory and sockets of one VM, from before QEMU has them until after it has ended. */
+export class Parts {
+  readonly pins: TrackingCounters;
+  readonly backendWorker: WorkerHost;
+  readonly failed = Promise.withResolvers<never>();
+  readonly #options: PartsOptions;
+  readonly #touch = EventFd.create();
+  readonly #iommu: SharedArrayBuffer;
+  readonly #iommuSocket: HandOver;
+  readonly #disks = new Set<DiskPart>();
+  readonly #hostErrors: (readonly [Errno, number])[] = [];
+  #closing = false;
+
+  constructor(options: PartsOptions) {
+    this.#options = options;
+    const [iommuFd, qemuIommuFd] = socketPair();
+    this.#iommuSocket = new HandOver(qemuIommuFd);
+    this.#iommu = createIommuBuffer(options.frames);
+    const pins = countersBuffer(TRACKING_COUNTERS);
+    this.pins = counters(TRACKING_COUNTERS, pins);
+    this.failed.promise.catch(() => {});
+    const { strategy, pinner, policy, interval, quota, assigned } = options;
+    const wake = EventFd.create();
+    this.backendWorker = this.#worker(
+      "the backend",
+      options.backendEntry ?? workerEntry(import.meta.url, "./backend-worker"),
+      {
+        ...{ wakeFd: wake.fd, socketFd: iommuFd, touchFd: this.#touch.fd, iommu: this.#iommu },
+        ...{ counters: pins, assigned, strategy, pinner, policy, interval, quota, firmware: true },
+      } satisfies BackendData,
+      wake,
+    );
+  }
+
+  /** QEMU's end of the virtio-iommu's socket. */
+  takeIommuFd(): number {
+    return this.#iommuSocket.take();
+  }
+
+  /** A thread with an open disk, which QEMU does not have yet. Throws UserError when its image cannot be used. */
+  async addDisk(store: StoreOptions): Promise<DiskPart> {
+    const taken = new Set([...this.#disks].map(({ gate }) => gate));
+    const gate = Array.from({ length: DEVICES_MAX }, (_, i) => i).find((i) => !taken.has(i));
+    if (gate === undefined) throw new UserError(`a VM has at most ${DEVICES_MAX} disks of ours`, 1);
+    const [diskFd, qemuFd] = socketPair();
+    const shared = countersBuffer(DEVICE_COUNTERS);
+    const wake = EventFd.create();
+    const worker = this.#worker(
+      "the disk",
+      this.#options.deviceEntry ?? workerEntry(import.meta.url, "./disk-worker"),
+      {
+        ...{ wakeFd: wake.fd, socketFd: diskFd, touchFd: this.#touch.fd, iommu: this.#iommu, gate },
+        ...{ counters: shared, disk: store },
+      } satisfies DiskData,
+      wake,
+    );
+    const disk = new DiskPart(worker, counters(DEVICE_COUNTERS, shared), gate, qemuFd);
+    this.#disks.add(disk);
+    try {
+      await worker.request("open");
+      return disk;
+    } catch (error) {
+      await this.removeDisk(disk);
+      throw error;
+    }
+  }
+
+  /** Stop its thread, when QEMU has it no longer. */
+  async removeDisk(disk: DiskPart): Promise<void> {
+    if (!this.#disks.delete(disk)) return;
+    this.#hostErrors.push(...(await disk.stop()).hostErrors);
   }
 
   /** What stands before the guest starts. QEMU has sent its memory map by now, but it may still be on its way. */
@@ -227,17 +308,25 @@ class Parts {
     throw new UserError(`QEMU shares ${started.ramBytes} bytes of RAM, not ${memoryMiB} MiB`, 1);
   }
 
-  /** Stop the threads: the disk first, because its DMA relies on the pins. */
+  /** Stop the threads: the disks first, because their DMA relies on the pins. */
   async close(): Promise<MachineEnd> {
     this.#closing = true;
-    for (const { fds } of this.#devices) fds.forEach(closeFd);
-    this.#devices = [];
-    const disk = this.diskWorker.stop<DiskStopped>();
-    await Promise.allSettled([disk]);
+    this.#iommuSocket.close();
+    const disks = await Promise.allSettled([...this.#disks].map((disk) => this.removeDisk(disk)));
     const backend = this.backendWorker.stop<Stopped>();
     await Promise.allSettled([backend]);
     this.#touch.close();
-    return { backend: await backend, hostErrors: (await disk).hostErrors };
+    for (const disk of disks) if (disk.status === "rejected") throw disk.reason;
+    return { backend: await backend, hostErrors: this.#hostErrors };
+  }
+
+  #worker(name: string, entry: URL, data: object, wake: Wake): WorkerHost {
+    const onEvent = (event: WorkerEvent) => this.#hear(event, this.#options.onWarning ?? (() => {}));
+    const worker = new WorkerHost({ name, entry, data, wake, onEvent });
+    void worker.ended.then((error) => {
+      if (error) this.failed.reject(error);
+    });
+    return worker;
   }
 
   #hear({ kind, message }: WorkerEvent, warn: (text: string) => void): void {

@@ -62,6 +62,10 @@ export const libc = lazily({
   socketpair: bind<(domain: number, type: number, protocol: number, out: Int32Array) => number>(
     "int socketpair(int, int, int, void *)",
   ),
+  socket: bind<(domain: number, type: number, protocol: number) => number>("int socket(int, int, int)"),
+  connect: bind<(fd: number, address: Uint8Array, length: number) => number>(
+    "int connect(int, void *, uint)",
+  ),
   send: bind<(fd: number, bytes: Uint8Array, count: number, flags: number) => number>(
     "int64_t send(int, void *, size_t, int)",
   ),

@@ -4,6 +4,9 @@ import { addressOf, closeFd, libc, setPointer, systemCall } from "./libc.ts";
 const AF_UNIX = 1;
 const SOCK_STREAM = 1;
 const SOCK_CLOEXEC = 0o2000000;
+const SOCK_NONBLOCK = 0o4000;
+/** sockaddr_un: u16 family, then the path and a 0. */
+const PATH_MAX = 107;
 const SOL_SOCKET = 1;
 const SCM_RIGHTS = 1;
 const MSG_CTRUNC = 0x8;
@@ -125,6 +128,25 @@ export class UnixSocket {
   close(): void {
     if (this.#open) closeFd(this.fd);
     this.#open = false;
+  }
+}
+
+/** An fd connected to the socket at `path`, not blocking: EAGAIN when its server has no place for us. */
+export function connectSocket(path: string): number {
+  const name = Buffer.from(path);
+  if (name.length > PATH_MAX) throw new HostError("connect", "ENAMETOOLONG", path);
+  const address = new Uint8Array(new ArrayBuffer(2 + name.length + 1));
+  address[0] = AF_UNIX;
+  address.set(name, 2);
+  // SAFETY: no memory.
+  const fd = systemCall("socket", () => libc.socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0));
+  try {
+    // SAFETY: the kernel reads `address`, which is referenced here, in full.
+    systemCall("connect", () => libc.connect(fd, address, address.length), path);
+    return fd;
+  } catch (error) {
+    closeFd(fd);
+    throw error;
   }
 }
 

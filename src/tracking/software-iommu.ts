@@ -93,6 +93,11 @@ export class SoftwareIommu {
     this.tables = new IovaTables(this.#words, pool, pages, () => this.quiesce());
   }
 
+  /** GFNs from this on are not in the table. */
+  get frames(): number {
+    return this.#frames;
+  }
+
   /** Open: DMA also reaches frames that are not pinned (strategy `none`). */
   setOpen(open: boolean): void {
     for (let device = 0; device < DEVICES_MAX; device++) {

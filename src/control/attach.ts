@@ -1,0 +1,263 @@
+import { UserError } from "../base/errors.ts";
+import { type Bdf, formatBdf, type Nanoseconds } from "../base/units.ts";
+import type { StoreOptions } from "../device/block-store.ts";
+import type { DeviceCounters } from "../device/counters.ts";
+import { monotonicClock } from "../host/clock.ts";
+import { closeFd } from "../host/libc.ts";
+import { settles } from "../machine/qemu/deadline.ts";
+import { type GuestRam, guestRam } from "../machine/qemu/guest-ram.ts";
+import { pciFunctions, plug } from "../machine/qemu/hotplug.ts";
+import type { Qmp } from "../machine/qemu/qmp.ts";
+import { connectQmp } from "../machine/qemu/qmp-socket.ts";
+import { createPolicy } from "../policy/registry.ts";
+import type { TrackingCounters } from "../tracking/tracker.ts";
+import type { Started } from "./host-side.ts";
+import type { MachineEnd, MachineOptions } from "./machine.ts";
+import { type AttachResult, describeHost } from "./result.ts";
+import { dmaOf, kernelOf, pinsOf } from "./run.ts";
+import { type DiskPart, Parts } from "./vm.ts";
+
+type Settings = "policy" | "interval" | "pinner" | "onWarning" | "backendEntry" | "deviceEntry";
+
+export interface AttachOptions extends Pick<MachineOptions, Settings> {
+  /** Path of QEMU's QMP socket. */
+  readonly qmp: string;
+  /** Functions that QEMU has already, as the guest numbers them, whose DMA is to be tracked. */
+  readonly assigned: readonly Bdf[];
+  /** Disks of ours to plug, tracked. */
+  readonly disks: readonly StoreOptions[];
+  /** Frames, for a guest of this size. */
+  quota(memoryMiB: number): number;
+}
+
+/** Name in QEMU of our virtio-iommu. */
+const IOMMU_ID = "coiommu";
+const STRATEGY = "coiommu";
+
+/** A function of ours in QEMU. */
+interface Plugged {
+  readonly bdf: Bdf;
+  readonly disk: DiskPart | undefined;
+  /** Resolves when QEMU has it no longer, and all behind it has ended. */
+  readonly gone: PromiseWithResolvers<void>;
+}
+
+/** coIOMMU in a QEMU that a person has started, and that goes on without us. */
+export class Attachment {
+  readonly version: string;
+  readonly ram: GuestRam;
+  readonly pins: TrackingCounters;
+  /** Of the disks of the options, in their order. */
+  readonly diskIds: string[] = [];
+  /** Of all disks of ours, those that have gone too. */
+  readonly devices: DeviceCounters[] = [];
+  /** Resolves when nothing is left to serve: the guest has let go of our virtio-iommu, or QEMU has ended. */
+  readonly ended: Promise<"detached" | "qemu-ended">;
+  /** Rejects when a part fails that should run. */
+  readonly failed: Promise<never>;
+  readonly #qmp: Qmp;
+  readonly #options: AttachOptions;
+  readonly #quota: number;
+  readonly #parts: Parts;
+  readonly #plugged = new Map<string, Plugged>();
+  readonly #iommuGone = Promise.withResolvers<void>();
+  readonly #began: Nanoseconds = monotonicClock.now();
+  #started: Started | undefined;
+  #closing: Promise<MachineEnd> | undefined;
+  #disks = 0;
+
+  private constructor(qmp: Qmp, version: string, ram: GuestRam, options: AttachOptions) {
+    this.version = version;
+    this.ram = ram;
+    this.#qmp = qmp;
+    this.#options = options;
+    this.#quota = options.quota(ram.memoryMiB);
+    this.#parts = new Parts({ ...options, strategy: STRATEGY, quota: this.#quota, frames: ram.frames });
+    this.pins = this.#parts.pins;
+    this.failed = this.#parts.failed.promise;
+    this.ended = Promise.race([
+      this.#iommuGone.promise.then(() => "detached" as const),
+      qmp.closed.then(() => "qemu-ended" as const),
+    ]);
+    qmp.onEvent(({ event, data }) => {
+      if (event === "DEVICE_DELETED" && typeof data.device === "string") void this.#unplugged(data.device);
+    });
+  }
+
+  /** Throws UserError when QEMU cannot have what is asked for; then it has nothing of ours. */
+  static async start(options: AttachOptions): Promise<Attachment> {
+    const { qmp, version } = await connectQmp(options.qmp);
+    let attachment: Attachment | undefined;
+    try {
+      checkVersion(version);
+      await checkFunctions(qmp, options.assigned);
+      attachment = new Attachment(qmp, version, await guestRam(qmp), options);
+      await Promise.race([attachment.#plugAll(), attachment.failed]);
+      return attachment;
+    } catch (error) {
+      await attachment?.detach(DETACH_MS_MAX).catch(() => {});
+      await attachment?.close().catch(() => {});
+      qmp.close();
+      throw error;
+    }
+  }
+
+  /** Where our function is in the guest, by its id; undefined when it is not there. */
+  bdfOf(id = IOMMU_ID): Bdf | undefined {
+    return this.#plugged.get(id)?.bdf;
+  }
+
+  /** Give the VM one more disk of ours, tracked. Returns its id. */
+  async plugDisk(store: StoreOptions): Promise<string> {
+    return await this.#plugDisk(await this.#parts.addDisk(store));
+  }
+
+  async #plugDisk(disk: DiskPart): Promise<string> {
+    const id = `${IOMMU_ID}-disk${this.#disks++}`;
+    try {
+      // One that a killed coiommu has left stays when its disk has gone.
+      await this.#qmp.execute("chardev-remove", { id }).catch(() => {});
+      const fd = disk.takeFd();
+      await this.#qmp.giveFd(id, fd).finally(() => closeFd(fd));
+      const backend = { type: "socket", data: { addr: { type: "fd", data: { str: id } }, server: false } };
+      await this.#qmp.execute("chardev-add", { id, backend });
+      const device = { driver: "vhost-user-blk-pci", id, chardev: id, "num-queues": 1, "queue-size": 256 };
+      const bdf = await plug(
+        this.#qmp,
+        { ...device, iommu_platform: true, "disable-legacy": "on" },
+        {
+          // Before the guest's driver can bind.
+          before: (place) => this.#parts.backendWorker.request("assign", place),
+          refused: (place) => this.#parts.backendWorker.request("unassign", place),
+        },
+      );
+      this.devices.push(disk.counters);
+      this.#plugged.set(id, { bdf, disk, gone: Promise.withResolvers() });
+      return id;
+    } catch (error) {
+      await this.#qmp.execute("chardev-remove", { id }).catch(() => {});
+      await this.#parts.removeDisk(disk).catch(() => {});
+      throw error;
+    }
+  }
+
+  /** Ask the guest to let go of a function of ours. False when it has not in time: it still may. */
+  async unplug(id: string, patienceMs: number): Promise<boolean> {
+    const plugged = this.#plugged.get(id);
+    if (!plugged) return true;
+    // QEMU refuses to ask twice, which is no news: what counts is whether it goes.
+    this.#qmp.execute("device_del", { id }).catch(() => {});
+    return await settles(plugged.gone.promise, patienceMs);
+  }
+
+  /** Ask the guest to let go of all of ours; the ids of what it has not let go of in time. */
+  async detach(patienceMs: number): Promise<string[]> {
+    const unplugAll = async (ids: string[]) => {
+      const gone = await Promise.all(ids.map((id) => this.unplug(id, patienceMs)));
+      return ids.filter((_, i) => !gone[i]);
+    };
+    // The disks' drivers need the virtio-iommu until they have gone.
+    const left = await unplugAll([...this.#plugged.keys()].filter((id) => id !== IOMMU_ID));
+    return left.length > 0 ? left : await unplugAll([IOMMU_ID].filter((id) => this.#plugged.has(id)));
+  }
+
+  /** End our side, whatever the guest still has of it; idempotent. */
+  close(): Promise<MachineEnd> {
+    this.#qmp.close();
+    this.#closing ??= this.#parts.close();
+    return this.#closing;
+  }
+
+  /** What is told at the end; `end` is what close() returned. */
+  result(end: MachineEnd): AttachResult {
+    const policy = createPolicy(this.#options.policy);
+    const settings = { strategy: STRATEGY, quota: this.#quota } as const;
+    return {
+      schema: "coiommu.attach/1",
+      host: describeHost(this.version, null),
+      guest: { memoryMiB: this.ram.memoryMiB },
+      assigned: this.#options.assigned.map(formatBdf),
+      policy: policy.name,
+      policyParameters: policy.parameters,
+      pinner: this.#options.pinner,
+      attachedMs: Math.round((monotonicClock.now() - this.#began) / 1e6),
+      pins: pinsOf(this, settings),
+      kernel: kernelOf({ pins: this.pins, started: this.#started! }, settings, end),
+      dma: this.devices.length > 0 ? dmaOf(this) : null,
+    };
+  }
+
+  async #plugAll(): Promise<void> {
+    // Images that cannot be used are found out before QEMU has anything of ours.
+    const disks: DiskPart[] = [];
+    for (const store of this.#options.disks) disks.push(await this.#parts.addDisk(store));
+    await this.#plugIommu();
+    for (const disk of disks) this.diskIds.push(await this.#plugDisk(disk));
+  }
+
+  async #plugIommu(): Promise<void> {
+    const fd = this.#parts.takeIommuFd();
+    try {
+      const bdf = await plug(
+        this.#qmp,
+        { driver: "x-pci-proxy-dev", id: IOMMU_ID, fd: IOMMU_ID },
+        {
+          before: () => this.#qmp.giveFd(IOMMU_ID, fd),
+          // It has it still, unless it got as far as using it.
+          refused: () => this.#qmp.execute("closefd", { fdname: IOMMU_ID }).then(ignore, ignore),
+        },
+      );
+      this.#plugged.set(IOMMU_ID, { bdf, disk: undefined, gone: this.#iommuGone });
+    } finally {
+      closeFd(fd);
+    }
+    this.#started = await this.#parts.started(this.ram.memoryMiB);
+  }
+
+  /** By the guest, asked by us or by somebody else. */
+  async #unplugged(id: string): Promise<void> {
+    const plugged = this.#plugged.get(id);
+    if (!plugged) return;
+    this.#plugged.delete(id);
+    try {
+      if (plugged.disk) {
+        await this.#parts.backendWorker.request("unassign", plugged.bdf);
+        await this.#parts.removeDisk(plugged.disk);
+        await this.#qmp.execute("chardev-remove", { id });
+      }
+    } catch (error) {
+      this.#options.onWarning?.(`taking ${id} away: ${(error as Error).message}`);
+    } finally {
+      plugged.gone.resolve();
+    }
+  }
+}
+
+const ignore = (): void => {};
+
+/** A guest that lets go of a function does so within a second. */
+export const DETACH_MS_MAX = 10_000;
+
+function checkVersion(version: string): void {
+  if (version.startsWith("7.")) return;
+  throw new UserError(
+    `this is QEMU ${version}; coIOMMU attaches to QEMU 7.2, whose x-pci-proxy-dev later ones have broken ` +
+      "(they crash without KVM)",
+    1,
+  );
+}
+
+async function checkFunctions(qmp: Qmp, assigned: readonly Bdf[]): Promise<void> {
+  const functions = await pciFunctions(qmp);
+  const ours = functions.map(({ id }) => id).filter((id) => id.startsWith(IOMMU_ID));
+  if (ours.length > 0)
+    throw new UserError(
+      `this QEMU has ${ours.join(", ")} already: another coiommu serves it, or one was killed; ` +
+        "then device_del them, and reset the VM",
+      1,
+    );
+  const missing = assigned.filter((bdf) => !functions.some((f) => f.bdf === bdf));
+  if (missing.length === 0) return;
+  const there = functions.map((f) => formatBdf(f.bdf) + (f.id && ` (${f.id})`)).join(", ");
+  throw new UserError(`the VM has no function ${missing.map(formatBdf).join(", ")}; it has ${there}`, 1);
+}
