@@ -2,10 +2,10 @@ import { closeAll } from "../control/run.ts";
 
 type OnSignal = (name: NodeJS.Signals, exitCode: number) => void;
 
-/** Ctrl-C and friends end the VMs under way, in order; what their runs say of it is no news. */
+/** Ctrl-C and friends end the VMs under way, in order, and at once when repeated; what their runs say is no news. */
 let interrupted = false;
 let onSignal: OnSignal = (name, exitCode) => {
-  if (interrupted) return;
+  if (interrupted) process.exit(exitCode);
   interrupted = true;
   process.stderr.write(`\ncoiommu: ${name}: ending the guest\n`);
   void closeAll().then(() => process.exit(exitCode));
