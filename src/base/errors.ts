@@ -49,10 +49,12 @@ export class HostError extends CoiommuError {
   readonly code = "ERR_COIOMMU_HOST";
   readonly syscall: string;
   readonly errno: Errno;
+  readonly detail: string;
   constructor(syscall: string, errno: Errno, detail = "") {
     super(`${syscall}: ${errno}${detail && ` (${detail})`}`);
     this.syscall = syscall;
     this.errno = errno;
+    this.detail = detail;
   }
 }
 

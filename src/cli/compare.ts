@@ -2,6 +2,7 @@ import { Command } from "commander";
 import { UserError } from "../base/errors.ts";
 import type { Strategy } from "../control/host-side.ts";
 import type { CompareResult, RunResult } from "../control/result.ts";
+import { withApi } from "./api.ts";
 import { prepareMachine } from "./machine-choice.ts";
 import { addMachineOptions, type MachineOptions, STRATEGIES } from "./machine-options.ts";
 import { table, writeJson } from "./output.ts";
@@ -24,16 +25,18 @@ export const compareCommand = (): Command =>
       throw new UserError("--workload shell: a person cannot be compared; give it to `coiommu run`");
     const progress = new Progress();
     try {
-      const runUnder = await prepareMachine(options, progress);
       const runs: RunResult[] = [];
       const complaints: string[] = [];
       const total = options.rounds * options.strategies.length;
-      for (const strategy of alternating(options.strategies, options.rounds)) {
-        progress.prefix(`[${runs.length + 1}/${total}] ${strategy}: `);
-        const { result, complaints: met } = await runUnder(strategy);
-        runs.push(result);
-        complaints.push(...met.map((text) => `${strategy}: ${text}`));
-      }
+      await withApi(options.api, progress.warn, async (api) => {
+        const runUnder = await prepareMachine(options, progress, api);
+        for (const strategy of alternating(options.strategies, options.rounds)) {
+          progress.prefix(`[${runs.length + 1}/${total}] ${strategy}: `);
+          const { result, complaints: met } = await runUnder(strategy);
+          runs.push(result);
+          complaints.push(...met.map((text) => `${strategy}: ${text}`));
+        }
+      });
       progress.stop();
       const result: CompareResult = { schema: "coiommu.compare/1", host: runs[0]!.host, runs };
       if (options.json !== "-") process.stdout.write(`${table(runs)}\n`);

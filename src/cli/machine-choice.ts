@@ -1,7 +1,7 @@
 import { CoiommuError, UserError } from "../base/errors.ts";
 import { EmbeddedMachine } from "../control/embedded.ts";
 import type { PinnerName, Strategy } from "../control/host-side.ts";
-import { type Outcome, run } from "../control/run.ts";
+import { type Outcome, type RunOptions, run } from "../control/run.ts";
 import { Vm } from "../control/vm.ts";
 import { parseWorkload } from "../control/workload.ts";
 import { IoUringPinner } from "../host/io-uring-pinner.ts";
@@ -19,28 +19,32 @@ const VM_WORKLOAD = "fio:rw=randread,bs=4k,iodepth=32,seconds=5";
 const EMBEDDED_WORKLOAD = "fio:rw=randread,bs=4k,iodepth=32,seconds=4";
 
 /** Set up what the machine needs. With `--machine auto`, says which one it is, and why. */
-export async function prepareMachine(options: MachineOptions, progress: Progress): Promise<Runner> {
+export async function prepareMachine(
+  options: MachineOptions,
+  progress: Progress,
+  api: RunOptions["api"],
+): Promise<Runner> {
   const vmNeed = needsVm(options);
   if (options.machine === "embedded") {
     if (vmNeed) throw new UserError(`${vmNeed}: needs a VM, not --machine embedded`);
-    return embedded(options, progress);
+    return embedded(options, progress, api);
   }
   if (options.machine === "qemu") {
     const embeddedNeed = needsEmbedded(options);
     if (embeddedNeed) throw new UserError(`${embeddedNeed}: needs --machine embedded`);
-    return inVm(options, await ensureGuest(progress.step), progress);
+    return inVm(options, await ensureGuest(progress.step), progress, api);
   }
   if (vmNeed) {
     progress.note(`machine: a VM in QEMU, because ${vmNeed} needs one`);
-    return inVm(options, await ensureGuest(progress.step), progress);
+    return inVm(options, await ensureGuest(progress.step), progress, api);
   }
   const guest = await guestOrReason(options, progress);
   if (typeof guest === "string") {
     progress.note(`machine: embedded (no VM), because ${guest}`);
-    return embedded(options, progress);
+    return embedded(options, progress, api);
   }
   progress.note("machine: a VM in QEMU, because what it needs is here (--machine embedded does without)");
-  return inVm(options, guest, progress);
+  return inVm(options, guest, progress, api);
 }
 
 /** What VMs are made from, or why there is none, as a clause. */
@@ -67,12 +71,12 @@ function needsVm({ workload, accel }: MachineOptions): string | undefined {
   return accel === "auto" ? undefined : `--accel ${accel}`;
 }
 
-function inVm(options: MachineOptions, guest: Guest, progress: Progress): Runner {
+function inVm(options: MachineOptions, guest: Guest, progress: Progress, api: RunOptions["api"]): Runner {
   const pinner = vmPinner(options.pinner, progress.warn);
   const workload = options.workload ?? parseWorkload(VM_WORKLOAD);
   const shell = workload.name === "shell";
   return (strategy) => {
-    const settings = runOptions(options, workload, strategy, pinner, progress.warn);
+    const settings = runOptions(options, workload, strategy, pinner, progress.warn, api);
     const start = () => Vm.start({ ...settings, guest, accel: options.accel, shell });
     progress.step("starting QEMU");
     return run(settings, start, shell ? () => progress.stop() : progress.step);
@@ -93,11 +97,11 @@ function checkedPinner(name: PinnerName): PinnerName {
   return name;
 }
 
-function embedded(options: MachineOptions, progress: Progress): Runner {
+function embedded(options: MachineOptions, progress: Progress, api: RunOptions["api"]): Runner {
   const pinner = options.pinner === "auto" ? "software" : checkedPinner(options.pinner);
   const workload = options.workload ?? parseWorkload(EMBEDDED_WORKLOAD);
   return (strategy) => {
-    const settings = runOptions(options, workload, strategy, pinner, progress.warn);
+    const settings = runOptions(options, workload, strategy, pinner, progress.warn, api);
     progress.step("starting the guest");
     return run(settings, () => EmbeddedMachine.start(settings), progress.step);
   };

@@ -11,6 +11,7 @@ import {
   parseMemoryMiB,
   parseOneOf,
   parseQuota,
+  parseSocketPath,
   type Quota,
   quotaFrames,
 } from "./units.ts";
@@ -52,6 +53,7 @@ export interface MachineOptions extends PinOptions {
   readonly disk?: string;
   readonly diskSize: number;
   readonly json?: string;
+  readonly api?: string;
 }
 
 type AddOption = (
@@ -115,6 +117,11 @@ export function addMachineOptions(command: Command): Command {
     (file) => file,
   );
   option("--disk-size <size>", "size of the assigned disk in memory", parseMemoryMiB, 256, "256M");
+  option(
+    "--api <path>",
+    "while it runs, serve HTTP on a Unix socket: see and change what the guest may have pinned (/openapi.json)",
+    parseSocketPath,
+  );
   option("--json <file>", "write the result as JSON, to a file or to - (standard output)", (file) => file);
   return command.addHelpText("after", WORKLOADS);
 }
@@ -128,6 +135,7 @@ export const runOptions = (
   strategy: Strategy,
   pinner: PinnerName,
   warn: (text: string) => void,
+  api: RunOptions["api"],
 ): RunOptions => ({
   workload,
   strategy,
@@ -139,4 +147,5 @@ export const runOptions = (
   quota: quotaFrames(options.quota, options.memory),
   disk: { sizeMiB: options.diskSize, ...(options.disk !== undefined && { file: options.disk }) },
   onWarning: warn,
+  ...(api && { api }),
 });

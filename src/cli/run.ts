@@ -1,6 +1,7 @@
 import { Command } from "commander";
 import { UserError } from "../base/errors.ts";
 import type { Strategy } from "../control/host-side.ts";
+import { withApi } from "./api.ts";
 import { prepareMachine } from "./machine-choice.ts";
 import { addMachineOptions, type MachineOptions, STRATEGIES } from "./machine-options.ts";
 import { table, writeJson } from "./output.ts";
@@ -20,8 +21,10 @@ export const runCommand = (): Command =>
   ).action(async (options: MachineOptions & { strategy: Strategy }) => {
     const progress = new Progress();
     try {
-      const runUnder = await prepareMachine(options, progress);
-      const { result, complaints } = await runUnder(options.strategy);
+      const { result, complaints } = await withApi(options.api, progress.warn, async (api) => {
+        const runUnder = await prepareMachine(options, progress, api);
+        return await runUnder(options.strategy);
+      });
       progress.stop();
       if (options.json !== "-") process.stdout.write(`${table([result])}\n`);
       writeJson(options.json, result);

@@ -67,6 +67,19 @@ export function quotaFrames(quota: Quota | undefined, memoryMiB: number): number
   );
 }
 
+/** sun_path has 108 bytes, the last of which is 0. */
+const SOCKET_PATH_BYTES_MAX = 107;
+
+export function parseSocketPath(text: string): string {
+  if (/^[^/]*:\d+$/.test(text))
+    throw new InvalidArgumentError("It takes the path of a Unix socket; the API is not served over TCP.");
+  if (text === "" || Buffer.byteLength(text) > SOCKET_PATH_BYTES_MAX)
+    throw new InvalidArgumentError(
+      `It takes the path of a Unix socket, of 1 to ${SOCKET_PATH_BYTES_MAX} bytes.`,
+    );
+  return text;
+}
+
 export const parseOneOf =
   <T extends string>(values: readonly T[]) =>
   (text: string): T => {

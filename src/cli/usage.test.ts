@@ -50,6 +50,7 @@ for (const [flag, values, form] of [
   ],
   ["--disk-size", ["1M", "big"], /such as 512M or 2G/],
   ["--strategy", ["all", ""], /one of none, static, coiommu/],
+  ["--api", ["localhost:8080", ":80", "", "a".repeat(108)], /path of a Unix socket/],
 ] as const)
   for (const value of values)
     test(`run ${flag} "${value}" is refused in a sentence`, async () => {

@@ -45,6 +45,7 @@ export class Backend {
       memory: (regions) => this.#host.setMemory(regions),
     });
     this.#commands = new CommandServer(data, {
+      ...this.#host.commands,
       started: () => this.#host.started(),
       assign: (bdf: Bdf) => this.#host.assign(bdf),
       unassign: (bdf: Bdf) => this.#host.unassign(bdf),

@@ -25,6 +25,7 @@ export class EmbeddedBackend {
     this.#host = new HostSide(data, (text) => this.#commands.tell("warning", text), openTable);
     this.#mailbox = new MailboxServer(data.mailbox, this.#host.function);
     this.#commands = new CommandServer(data, {
+      ...this.#host.commands,
       started: () => this.#host.started(),
       stop: () => this.#stop(),
     });

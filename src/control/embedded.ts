@@ -1,6 +1,6 @@
 import { setTimeout as sleep } from "node:timers/promises";
 import { UserError } from "../base/errors.ts";
-import { FRAME_SIZE } from "../base/units.ts";
+import { type Bdf, FRAME_SIZE } from "../base/units.ts";
 import { DEVICE_COUNTERS, type DeviceCounters } from "../device/counters.ts";
 import { DRIVER_COUNTERS, type DriverCounters } from "../driver/counters.ts";
 import type { DriverPlaces } from "../driver/viommu.ts";
@@ -21,6 +21,7 @@ import type { EmbeddedBackendData } from "./embedded-backend.ts";
 import { type DevicePlan, type EmbeddedOptions, planDevices, planLoads } from "./embedded-plan.ts";
 import type { Started, Stopped } from "./host-side.ts";
 import type { Booted, DriverState, Machine, MachineEnd, Worked } from "./machine.ts";
+import { Operator } from "./operator.ts";
 import { describeHost } from "./result.ts";
 import { describeWorkload, NO_FIGURES, type Workload } from "./workload.ts";
 
@@ -37,17 +38,28 @@ export class EmbeddedMachine implements Machine {
   readonly started: Started;
   readonly pins: TrackingCounters;
   readonly devices: readonly DeviceCounters[];
+  readonly endpoints: readonly Bdf[];
+  readonly drivers: readonly DriverCounters[] | null;
+  readonly operator: Operator;
   readonly failed: Promise<never>;
   readonly #threads: Threads;
   readonly #loads: readonly (LoadSpec | undefined)[];
   #closing: Promise<MachineEnd> | undefined;
 
-  private constructor(threads: Threads, loads: readonly (LoadSpec | undefined)[], started: Started) {
+  private constructor(
+    threads: Threads,
+    options: EmbeddedOptions,
+    loads: readonly (LoadSpec | undefined)[],
+    started: Started,
+  ) {
     this.#threads = threads;
     this.#loads = loads;
     this.started = started;
     this.pins = threads.pins;
     this.devices = threads.deviceCounters;
+    this.endpoints = planDevices(options).map(({ endpoint }) => endpoint);
+    this.drivers = threads.tracked ? threads.driverCounters : null;
+    this.operator = new Operator(threads.backend, options);
     this.failed = threads.failed.promise;
   }
 
@@ -57,7 +69,7 @@ export class EmbeddedMachine implements Machine {
     try {
       const [diskBytes] = await Promise.all(threads.devices.map((d) => d.request<number>("open")));
       const loads = planLoads(options, diskBytes!);
-      return new EmbeddedMachine(threads, loads, await threads.backend.request<Started>("started"));
+      return new EmbeddedMachine(threads, options, loads, await threads.backend.request<Started>("started"));
     } catch (error) {
       await threads.close().catch(() => {});
       throw error;

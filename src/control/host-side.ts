@@ -50,6 +50,13 @@ export interface Stopped {
   readonly peerErrors: number;
 }
 
+/** Argument of "unpinIdle": frames in [first, end), and where to go on. */
+export interface UnpinIdle {
+  readonly first: number;
+  readonly end: number;
+  readonly from: number;
+}
+
 /** How long the kernel may take to let go of pins: io_uring releases up to 1 s late on Linux 6.1. */
 const RELEASE_LIMIT_MS = 3000;
 
@@ -63,6 +70,16 @@ const BEYOND_TABLE = "QEMU shares memory beyond the guest's RAM: no device of ou
 export class HostSide {
   readonly memory = new GuestMemory();
   readonly function: VirtioPciFunction;
+  /** The operator's, each no longer than a slice of an unpin pass. */
+  readonly commands = {
+    setPolicy: (text: string) => this.#tracker.setPolicy(createPolicy(text)),
+    setQuota: (frames: number) => {
+      this.#tracker.setQuota(frames);
+      this.#device.quotaChanged();
+    },
+    park: (parked: boolean) => this.#tracker.parkByOperator(parked),
+    unpinIdle: (what: UnpinIdle) => this.#unpinIdle(what),
+  };
   readonly #data: HostSideData;
   readonly #warn: (text: string) => void;
   readonly #iommu: SoftwareIommu;
@@ -148,6 +165,14 @@ export class HostSide {
       this.#nextPass = now + this.#data.interval;
     }
     return this.#inPass ? 0 : Math.max(0, (this.#nextPass - now) / 1e6);
+  }
+
+  /** Once begun it goes on, so that what has gone is told; what may not go any more has stayed. */
+  #unpinIdle({ first, end, from }: UnpinIdle): ReturnType<Tracker["unpinIdle"]> {
+    if (from === 0 && !this.#tracker.active)
+      throw new UserError("no driver of the guest is active: its devices may use all that is pinned", 1);
+    if (from === 0 && this.#tracker.parked) throw new UserError("unpinning is parked", 1);
+    return this.#tracker.unpinIdle(first, end, from);
   }
 
   /** Throws UserError when what should be pinned by now cannot be. */

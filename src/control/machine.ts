@@ -1,9 +1,11 @@
 import type { Errno } from "../base/errors.ts";
-import type { Nanoseconds } from "../base/units.ts";
+import type { Bdf, Nanoseconds } from "../base/units.ts";
 import type { StoreOptions } from "../device/block-store.ts";
 import type { DeviceCounters } from "../device/counters.ts";
+import type { DriverCounters } from "../driver/counters.ts";
 import type { TrackingCounters } from "../tracking/tracker.ts";
 import type { PinnerName, Started, Stopped, Strategy } from "./host-side.ts";
+import type { Operator } from "./operator.ts";
 import type { RunResult, WorkloadResult } from "./result.ts";
 import type { Workload } from "./workload.ts";
 
@@ -59,7 +61,12 @@ export interface Machine {
   readonly host: RunResult["host"];
   readonly started: Started;
   readonly pins: TrackingCounters;
+  /** Assigned devices, and what each counts. */
+  readonly endpoints: readonly Bdf[];
   readonly devices: readonly DeviceCounters[];
+  /** What each CPU's driver counts, where it is in memory of ours; null where it is the guest's. */
+  readonly drivers: readonly DriverCounters[] | null;
+  readonly operator: Operator;
   /** Rejects when a part fails that should run until close(). */
   readonly failed: Promise<never>;
   /** Resolves when the guest executes. */

@@ -1,5 +1,4 @@
 import { monotonicClock } from "../host/clock.ts";
-import { createPolicy } from "../policy/registry.ts";
 import { meanPinned } from "../tracking/counters.ts";
 import type { Machine, MachineEnd, MachineOptions, Worked } from "./machine.ts";
 import type { RunResult } from "./result.ts";
@@ -7,6 +6,14 @@ import type { Workload } from "./workload.ts";
 
 export interface RunOptions extends MachineOptions {
   readonly workload: Workload;
+  /** Is told of the guest while it is live. */
+  readonly api?: { guest: LiveGuest | undefined };
+}
+
+/** A guest, and what it was started with. */
+export interface LiveGuest {
+  readonly machine: Machine;
+  readonly options: MachineOptions;
 }
 
 const SAMPLE_MS = 100;
@@ -29,10 +36,12 @@ export async function run(
   const began = nowMs();
   const machine = await start();
   onInterrupt.add(machine);
+  if (options.api) options.api.guest = { machine, options };
   try {
     return await Promise.race([measure(machine, options, began, progress), machine.failed]);
   } finally {
     onInterrupt.delete(machine);
+    if (options.api) options.api.guest = undefined;
     await machine.close();
   }
 }
@@ -60,7 +69,7 @@ async function measure(
     const final = await machine.shutDown();
     clearInterval(sampler);
     const end = await machine.close();
-    const policy = options.strategy === "coiommu" ? createPolicy(options.policy) : undefined;
+    const { policy } = machine.operator;
     const result: RunResult = {
       schema: "coiommu.run/1",
       host: machine.host,
@@ -129,7 +138,7 @@ function sample({ pins }: Machine, { strategy }: RunOptions, ms: number): RunRes
 
 export function pinsOf(
   { pins }: Pick<Machine, "pins">,
-  { strategy, quota }: Pick<RunOptions, "strategy" | "quota">,
+  { strategy }: Pick<RunOptions, "strategy">,
 ): RunResult["pins"] {
   const tracked = strategy === "coiommu";
   return {
@@ -142,7 +151,7 @@ export function pinsOf(
     framesPeak: pins.framesPeak,
     framesMean: round(meanPinned(pins, monotonicClock.now())),
     framesAtEnd: pins.framesNow,
-    quotaFrames: Number.isFinite(quota) ? quota : null,
+    quotaFrames: Number.isFinite(pins.quota) ? pins.quota : null,
   };
 }
 

@@ -24,6 +24,7 @@ import {
 } from "./guest-side.ts";
 import type { Started, Stopped } from "./host-side.ts";
 import type { Booted, DriverState, Machine, MachineEnd, MachineOptions, Worked } from "./machine.ts";
+import { Operator } from "./operator.ts";
 import { describeHost, type RunResult } from "./result.ts";
 import { runWorkload, type Workload } from "./workload.ts";
 
@@ -54,6 +55,9 @@ export class Vm implements Machine {
   readonly pins: TrackingCounters;
   readonly disk: DeviceCounters;
   readonly devices: readonly DeviceCounters[];
+  readonly endpoints = [DISK_BDF];
+  readonly drivers = null;
+  readonly operator: Operator;
   readonly started: Started;
   readonly failed: Promise<never>;
   readonly #options: VmOptions;
@@ -69,6 +73,7 @@ export class Vm implements Machine {
     this.pins = parts.pins;
     this.disk = disk.counters;
     this.devices = [disk.counters];
+    this.operator = new Operator(parts.backendWorker, options);
     this.failed = parts.failed.promise;
   }
 

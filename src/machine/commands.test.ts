@@ -1,7 +1,7 @@
 import assert from "node:assert/strict";
 import test from "node:test";
 import { Bell } from "../memory/bell.ts";
-import { type WorkerEvent, WorkerHost } from "./commands.ts";
+import { WorkerEnded, type WorkerEvent, WorkerHost } from "./commands.ts";
 
 /** A worker that sleeps on a bell, with these handlers, as source text. */
 function worker(handlers: string) {
@@ -11,7 +11,7 @@ function worker(handlers: string) {
     import { workerData } from "node:worker_threads";
     import { Bell } from ${JSON.stringify(import.meta.resolve("../memory/bell.ts"))};
     import { CommandServer } from ${JSON.stringify(import.meta.resolve("./commands.ts"))};
-    import { HostError } from ${JSON.stringify(import.meta.resolve("../base/errors.ts"))};
+    import { HostError, UserError } from ${JSON.stringify(import.meta.resolve("../base/errors.ts"))};
     let stopping = false;
     const bell = new Bell(workerData.buffer);
     const commands = new CommandServer(workerData, { stop: () => { stopping = true; return "bye"; }, ${handlers} });
@@ -38,12 +38,16 @@ test("commands are answered in order, with their arguments, until it is stopped"
   assert.deepEqual(answers, [2, 4, 6]);
   assert.equal(await host.stop(), "bye");
   assert.deepEqual([await host.ended, closed()], [undefined, 1]);
-  await assert.rejects(host.request("double", 4), /the worker has ended/);
+  await assert.rejects(host.request("double", 4), WorkerEnded);
 });
 
 test("an error of ours is the command's rejection, and the worker goes on", async () => {
-  const { host } = worker('fail: () => { throw new HostError("pin", "ENOMEM"); }, ok: () => 1');
-  await assert.rejects(host.request("fail"), { code: "ERR_COIOMMU_USER", message: "pin: ENOMEM" });
+  const { host } = worker(
+    'fail: () => { throw new HostError("pin", "ENOMEM", "1 page"); }, no: () => { throw new UserError("no", 1); }, ok: () => 1',
+  );
+  const failure = { code: "ERR_COIOMMU_HOST", errno: "ENOMEM", message: "pin: ENOMEM (1 page)" };
+  await assert.rejects(host.request("fail"), failure);
+  await assert.rejects(host.request("no"), { code: "ERR_COIOMMU_USER", message: "no" });
   assert.equal(await host.request("ok"), 1);
   await host.stop();
 });
@@ -65,7 +69,10 @@ test("a bug rejects what waits with one line, and says where", async () => {
   const { host } = worker("crash: () => { undefined.x; }, never: () => {}");
   const first = host.request("crash");
   const second = host.request("never");
-  await assert.rejects(first, /^UserError: the worker has ended: internal error, please report it: [^\n]*$/);
+  await assert.rejects(
+    first,
+    /^WorkerEnded: the worker has ended: internal error, please report it: [^\n]*$/,
+  );
   await assert.rejects(second, { code: "ERR_COIOMMU_USER" });
   assert.match(String(await host.ended), /internal error/);
 });

@@ -1,5 +1,5 @@
 import { type MessagePort, receiveMessageOnPort, Worker } from "node:worker_threads";
-import { CoiommuError, type HostError, PeerError, PeerGone, UserError } from "../base/errors.ts";
+import { CoiommuError, HostError, PeerError, PeerGone, UserError } from "../base/errors.ts";
 
 /**
  * Commands from the control thread to a worker that sleeps where no message reaches it, in poll(2) or on a bell: a
@@ -13,6 +13,7 @@ interface Request {
 type Message =
   | { readonly id: number; readonly result: unknown }
   | { readonly id: number; readonly failure: string }
+  | { readonly id: number; readonly host: ConstructorParameters<typeof HostError> }
   | { readonly event: WorkerEvent };
 
 /** What a worker tells without being asked. */
@@ -59,7 +60,8 @@ export class CommandServer {
       this.#post({ id, result: this.#handlers[command]!(argument as never) });
     } catch (error) {
       if (!(error instanceof CoiommuError)) throw error;
-      this.#post({ id, failure: error.message });
+      if (error instanceof HostError) this.#post({ id, host: [error.syscall, error.errno, error.detail] });
+      else this.#post({ id, failure: error.message });
     }
   }
 
@@ -67,6 +69,9 @@ export class CommandServer {
     this.#port.postMessage(message);
   }
 }
+
+/** There is no worker any more that could answer. */
+export class WorkerEnded extends UserError {}
 
 /** Wakes a worker. */
 export interface Wake {
@@ -118,7 +123,7 @@ export class WorkerHost {
         // What it said last may come after the news of its end.
         for (let m = receiveMessageOnPort(this.#port); m; m = receiveMessageOnPort(this.#port))
           hear(m.message);
-        const error = new UserError(`${name} has ended${failure === undefined ? "" : because(failure)}`, 1);
+        const error = new WorkerEnded(`${name} has ended${failure === undefined ? "" : because(failure)}`, 1);
         this.#die(error);
         resolve(failure !== undefined || !this.#stopping ? error : undefined);
       });
@@ -155,7 +160,8 @@ export class WorkerHost {
   #settle(message: Exclude<Message, { event: WorkerEvent }>): void {
     const pending = this.#pending.get(message.id);
     this.#pending.delete(message.id);
-    if ("failure" in message) pending?.reject(new UserError(message.failure, 1));
+    if ("host" in message) pending?.reject(new HostError(...message.host));
+    else if ("failure" in message) pending?.reject(new UserError(message.failure, 1));
     else pending?.resolve(message.result);
   }
 

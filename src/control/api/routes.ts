@@ -1,0 +1,146 @@
+import type { Static, TSchema } from "typebox";
+import { UserError } from "../../base/errors.ts";
+import { formatBdf } from "../../base/units.ts";
+import { DEVICE_COUNTERS } from "../../device/counters.ts";
+import { DRIVER_COUNTERS } from "../../driver/counters.ts";
+import { monotonicClock } from "../../host/clock.ts";
+import { meanPinned } from "../../tracking/counters.ts";
+import { LIVES } from "../../tracking/life.ts";
+import type { TrackingCounters } from "../../tracking/tracker.ts";
+import type { LiveGuest } from "../run.ts";
+import { Refusal } from "./refusal.ts";
+import * as schemas from "./schemas.ts";
+
+/** One method of a path, with what it takes and answers. */
+export interface Route {
+  readonly method: "GET" | "PUT" | "POST";
+  readonly path: string;
+  readonly summary: string;
+  readonly body?: TSchema;
+  readonly answer: TSchema;
+  /** `body` has been checked. `gone`: the client does not wait any more. */
+  serve(guest: LiveGuest, body: unknown, gone: AbortSignal): unknown;
+}
+
+/** Types what a route serves by its schemas. */
+const route = <A extends TSchema, B extends TSchema>(
+  definition: Omit<Route, "body" | "answer" | "serve"> & {
+    readonly body?: B;
+    readonly answer: A;
+    serve(guest: LiveGuest, body: Static<B>, gone: AbortSignal): Static<A> | Promise<Static<A>>;
+  },
+): Route => definition as Route;
+
+export const ROUTES: readonly Route[] = [
+  route({
+    ...{ method: "GET", path: "/v1/state", summary: "What is so now" },
+    answer: schemas.State,
+    serve: ({ machine, options }) => ({
+      machine: machine.name,
+      strategy: options.strategy,
+      life: LIVES[machine.pins.life]!,
+      policy: machine.operator.policy,
+      ...quotaOf(machine.pins),
+      ...parkedOf(machine.pins),
+      endpoints: machine.endpoints.map(formatBdf),
+      uptimeMs: Math.round((monotonicClock.now() - machine.pins.startedAt) / 1e6),
+    }),
+  }),
+  route({
+    ...{ method: "GET", path: "/v1/counters", summary: "What was counted so far" },
+    answer: schemas.Counters,
+    serve: (guest) => ({
+      tracking: trackingOf(guest),
+      devices: guest.machine.devices.map((counters, i) => ({
+        endpoint: formatBdf(guest.machine.endpoints[i]!),
+        ...sums(DEVICE_COUNTERS, [counters]),
+      })),
+      driver: guest.machine.drivers && sums(DRIVER_COUNTERS, guest.machine.drivers),
+    }),
+  }),
+  route({
+    ...{ method: "GET", path: "/v1/policy", summary: "When idle frames are unpinned" },
+    answer: schemas.Policy,
+    serve: ({ machine }) => policyOf(machine.operator.policy),
+  }),
+  route({
+    ...{ method: "PUT", path: "/v1/policy", summary: "Unpin by another policy from now on" },
+    body: schemas.NewPolicy,
+    answer: schemas.Policy,
+    async serve({ machine }, { name, parameters = {} }) {
+      const text = [name, ...Object.entries(parameters).map(([key, value]) => `${key}=${value}`)].join(",");
+      await machine.operator.setPolicy(text).catch((error) => {
+        // The name is known, so what was wrong is a parameter.
+        throw error instanceof UserError && error.exitCode === 2
+          ? new Refusal("invalid", error.message, { field: "parameters" })
+          : error;
+      });
+      return policyOf(machine.operator.policy);
+    },
+  }),
+  route({
+    ...{ method: "PUT", path: "/v1/quota", summary: "Let the guest have at most so many frames pinned" },
+    body: schemas.NewQuota,
+    answer: schemas.Quota,
+    async serve({ machine }, { quotaFrames }) {
+      await machine.operator.setQuota(quotaFrames ?? Number.POSITIVE_INFINITY);
+      return quotaOf(machine.pins);
+    },
+  }),
+  route({
+    ...{ method: "POST", path: "/v1/park", summary: "Unpin nothing until this is taken back" },
+    body: schemas.NewParked,
+    answer: schemas.Parked,
+    async serve({ machine }, { parked }) {
+      await machine.operator.park(parked);
+      return parkedOf(machine.pins);
+    },
+  }),
+  route({
+    ...{ method: "POST", path: "/v1/unpin", summary: "Unpin now what is not mapped, lately used or not" },
+    body: schemas.Range,
+    answer: schemas.Unpinned,
+    serve: ({ machine }, { firstFrame = 0, frames = Number.POSITIVE_INFINITY }, gone) =>
+      machine.operator.unpinIdle(firstFrame, firstFrame + frames, gone),
+  }),
+];
+
+const quotaOf = ({ quota, framesNow }: TrackingCounters) => ({
+  quotaFrames: Number.isFinite(quota) ? quota : null,
+  pinned: framesNow,
+});
+
+const parkedOf = ({ parks, parkedByOperator }: TrackingCounters) => ({
+  parked: parks + parkedByOperator > 0,
+  parks: { guest: parks, operator: parkedByOperator > 0 },
+});
+
+function policyOf(policy: Static<typeof schemas.Policy> | null): Static<typeof schemas.Policy> {
+  if (!policy) throw new Refusal("refused", "this strategy unpins nothing, so it has no policy");
+  return { name: policy.name, parameters: policy.parameters };
+}
+
+/** What only a driver's requests and unpin passes count is null without them. */
+function trackingOf({ machine, options }: LiveGuest): Static<typeof schemas.Counters>["tracking"] {
+  const { pins, started } = machine;
+  const tracked = (name: keyof TrackingCounters) => (options.strategy === "coiommu" ? pins[name] : null);
+  return {
+    framesPinned: pins.framesPinned,
+    framesUnpinned: pins.framesUnpinned,
+    framesNow: pins.framesNow,
+    framesPeak: pins.framesPeak,
+    framesMean: meanPinned(pins, monotonicClock.now()),
+    kernelPagesPeak: started.kernelSource === "none" ? null : pins.kernelPagesPeak,
+    pinRequests: tracked("pinRequests"),
+    pinRequestsRefused: tracked("pinRequestsRefused"),
+    framesFirmware: tracked("framesFirmware"),
+    framesMapped: tracked("framesMapped"),
+    passes: tracked("passes"),
+  };
+}
+
+const sums = <N extends string>(names: readonly N[], of: readonly Readonly<Record<N, number>>[]) =>
+  Object.fromEntries(names.map((name) => [name, of.reduce((sum, c) => sum + c[name], 0)])) as Record<
+    N,
+    number
+  >;

@@ -1,0 +1,101 @@
+/** What the API takes and answers: types, checks of requests, and the OpenAPI document, from one text. */
+import { type Static, Type } from "typebox";
+import { GFN_LIMIT } from "../../base/units.ts";
+import { DEVICE_COUNTERS } from "../../device/counters.ts";
+import { DRIVER_COUNTERS } from "../../driver/counters.ts";
+import { policies } from "../../policy/registry.ts";
+import { LIVES } from "../../tracking/life.ts";
+
+const Count = Type.Integer({ minimum: 0 });
+const nullable = <T extends Type.TSchema>(schema: T) => Type.Union([schema, Type.Null()]);
+const exactly = <P extends Type.TProperties>(properties: P) =>
+  Type.Object(properties, { additionalProperties: false });
+const counted = <N extends string>(names: readonly N[]) =>
+  Object.fromEntries(names.map((name) => [name, Count])) as Record<N, typeof Count>;
+
+export const Policy = exactly({
+  name: Type.Enum(policies.map(({ name }) => name)),
+  parameters: Type.Record(Type.String(), Type.Union([Type.Number(), Type.String()])),
+});
+export const NewPolicy = exactly({
+  name: Policy.properties.name,
+  parameters: Type.Optional(Policy.properties.parameters),
+});
+
+const QuotaFrames = nullable(Type.Integer({ minimum: 0, maximum: GFN_LIMIT, description: "null: no limit" }));
+export const NewQuota = exactly({ quotaFrames: QuotaFrames });
+export const Quota = exactly({
+  quotaFrames: QuotaFrames,
+  pinned: { ...Count, description: "Frames pinned now; more than the quota until enough of them are idle" },
+});
+
+export const NewParked = exactly({ parked: Type.Boolean() });
+export const Parked = exactly({
+  parked: { ...Type.Boolean(), description: "Nothing is unpinned" },
+  parks: exactly({ guest: { ...Count, description: "Parks nest" }, operator: Type.Boolean() }),
+});
+
+export const Range = exactly({
+  firstFrame: Type.Optional(Type.Integer({ minimum: 0, maximum: GFN_LIMIT, description: "0 if left out" })),
+  frames: Type.Optional(
+    Type.Integer({ minimum: 1, maximum: GFN_LIMIT, description: "to the end if left out" }),
+  ),
+});
+export const Unpinned = exactly({
+  unpinned: Count,
+  stayed: {
+    ...Count,
+    description: "Frames of the range that are mapped, or that the host did not let go of",
+  },
+});
+
+export const State = exactly({
+  machine: Type.Enum(["qemu", "embedded"]),
+  strategy: Type.Enum(["none", "static", "coiommu"]),
+  life: Type.Enum([...LIVES]),
+  policy: nullable(Policy),
+  ...Quota.properties,
+  ...Parked.properties,
+  endpoints: Type.Array(Type.String(), { description: "Assigned devices" }),
+  uptimeMs: Count,
+});
+
+/** With the fields of an untracked guest null, as everywhere. */
+const Tracking = exactly({
+  framesPinned: Count,
+  framesUnpinned: Count,
+  framesNow: Count,
+  framesPeak: Count,
+  framesMean: Type.Number({ minimum: 0 }),
+  kernelPagesPeak: nullable(Count),
+  pinRequests: nullable(Count),
+  pinRequestsRefused: nullable(Count),
+  framesFirmware: nullable(Count),
+  framesMapped: nullable(Count),
+  passes: nullable(Count),
+});
+export const Counters = exactly({
+  tracking: Tracking,
+  devices: Type.Array(exactly({ endpoint: Type.String(), ...counted(DEVICE_COUNTERS) })),
+  driver: nullable(exactly(counted(DRIVER_COUNTERS))),
+});
+
+const FAILURES = [
+  "invalid",
+  "not_found",
+  "method_not_allowed",
+  "refused",
+  "too_large",
+  "host",
+  "internal",
+  "unavailable",
+] as const;
+export const Failure = exactly({
+  error: exactly({
+    code: Type.Enum(FAILURES),
+    message: Type.String(),
+    field: nullable(Type.String({ description: "Of the request's body, for code invalid" })),
+    errno: nullable(Type.String({ description: "For code host" })),
+  }),
+});
+export type Failure = Static<typeof Failure>;

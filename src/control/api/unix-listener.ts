@@ -1,0 +1,60 @@
+import { lstatSync, unlinkSync } from "node:fs";
+import { connect, type Server } from "node:net";
+import { UserError } from "../../base/errors.ts";
+
+/**
+ * Listen on a Unix socket that only this user may connect to. A socket that its process has left behind is replaced.
+ * Throws UserError for what is not ours to replace.
+ */
+export async function listenOn(server: Server, path: string): Promise<void> {
+  try {
+    await bind(server, path);
+  } catch (error) {
+    if (codeOf(error) !== "EADDRINUSE") throw refused(path, `${(error as Error).message}`);
+    const found = lstatSync(path, { throwIfNoEntry: false });
+    if (found && !found.isSocket()) throw refused(path, "a file that is no socket is there");
+    const state = await probe(path);
+    if (state === "live") throw refused(path, "another process serves there");
+    if (state !== "left") throw refused(path, `what serves there cannot be told (${state})`);
+    try {
+      unlinkSync(path);
+      await bind(server, path);
+    } catch (again) {
+      throw refused(path, (again as Error).message);
+    }
+  }
+}
+
+const refused = (path: string, why: string) => new UserError(`--api ${path}: ${why}`, 1);
+const codeOf = (error: unknown) => (error as NodeJS.ErrnoException).code;
+
+async function bind(server: Server, path: string): Promise<void> {
+  const { promise, resolve, reject } = Promise.withResolvers<void>();
+  server.once("error", reject).once("listening", resolve);
+  // Node binds before listen() returns, so the file never has another mode.
+  const mask = process.umask(0o177);
+  try {
+    server.listen(path);
+  } finally {
+    process.umask(mask);
+  }
+  try {
+    await promise;
+  } finally {
+    server.off("error", reject).off("listening", resolve);
+  }
+}
+
+/** "live", "left" behind by a process that has ended, or why that cannot be told. */
+function probe(path: string): Promise<string> {
+  return new Promise((resolve) => {
+    const socket = connect(path, () => {
+      socket.destroy();
+      resolve("live");
+    });
+    socket.on("error", (error) => {
+      const code = codeOf(error) ?? error.message;
+      resolve(code === "ECONNREFUSED" || code === "ENOENT" ? "left" : code);
+    });
+  });
+}
