@@ -38,12 +38,8 @@
 #define VIRTIO_IOMMU_PIN_STATUS_ON		1
 #define VIRTIO_IOMMU_PIN_STATUS_PARKED		2
 #define VIRTIO_IOMMU_PIN_STATUS_REFUSED		0x80
-#define VIRTIO_IOMMU_ATTACH_F_BYPASS		1
 #define VIRTIO_IOMMU_F_PIN_PAGE			16
 #define VIRTIO_IOMMU_F_PIN_DIRTY		17
-#define VIRTIO_IOMMU_MAP_F_READ			1
-#define VIRTIO_IOMMU_MAP_F_WRITE		2
-#define VIRTIO_IOMMU_MAP_F_MMIO			4
 #define VIRTIO_IOMMU_T_PIN			0x40
 
 /* Section 3: configuration, byte offsets */
@@ -87,6 +83,7 @@ static_assert(offsetof(struct virtio_iommu_req_pin, nr_ranges) == 12);
 static_assert(VIRTIO_ID_IOMMU == 23);
 static_assert(sizeof(struct virtio_iommu_req_head) == 4);
 static_assert(sizeof(struct virtio_iommu_req_tail) == 4);
+static_assert(VIRTIO_IOMMU_ATTACH_F_BYPASS == 1);
 static_assert(VIRTIO_IOMMU_F_BYPASS == 3);
 static_assert(VIRTIO_IOMMU_F_PROBE == 4);
 static_assert(VIRTIO_IOMMU_F_MMIO == 5);
@@ -100,6 +97,9 @@ static_assert(VIRTIO_IOMMU_F_BYPASS_CONFIG == 6);
 static_assert(VIRTIO_IOMMU_F_DOMAIN_RANGE == 1);
 static_assert(VIRTIO_IOMMU_F_INPUT_RANGE == 0);
 static_assert(VIRTIO_IOMMU_F_MAP_UNMAP == 2);
+static_assert(VIRTIO_IOMMU_MAP_F_READ == 1);
+static_assert(VIRTIO_IOMMU_MAP_F_WRITE == 2);
+static_assert(VIRTIO_IOMMU_MAP_F_MMIO == 4);
 static_assert(VIRTIO_IOMMU_PROBE_T_RESV_MEM == 1);
 static_assert(VIRTIO_IOMMU_RESV_MEM_T_RESERVED == 0);
 static_assert(VIRTIO_IOMMU_RESV_MEM_T_MSI == 1);

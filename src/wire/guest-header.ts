@@ -38,7 +38,8 @@ function numbers(from: Constants, wanted: (name: string) => boolean): [string, n
 
 /** What <uapi/linux/virtio_iommu.h> has under the same name: asserted, not defined. */
 const isStandard = (name: string) =>
-  /^VIRTIO_IOMMU_(F|T|S|PROBE_T|RESV_MEM_T|FAULT_R|FAULT_F)_/.test(name) && !name.includes("_PIN");
+  /^VIRTIO_IOMMU_(F|T|S|ATTACH_F|MAP_F|PROBE_T|RESV_MEM_T|FAULT_R|FAULT_F)_/.test(name) &&
+  !name.includes("_PIN");
 const isExtension = (name: string) => !isStandard(name) && name !== "VIRTIO_ID_IOMMU";
 const extensionName = (name: string) => (name.startsWith("VIRTIO_IOMMU_") ? name : `VIRTIO_IOMMU_${name}`);
 
