@@ -13,9 +13,9 @@ import { createPolicy } from "../policy/registry.ts";
 import type { TrackingCounters } from "../tracking/tracker.ts";
 import type { Started } from "./host-side.ts";
 import type { MachineEnd, MachineOptions } from "./machine.ts";
+import { type DiskPart, Parts } from "./parts.ts";
 import { type AttachResult, describeHost } from "./result.ts";
 import { dmaOf, kernelOf, pinsOf } from "./run.ts";
-import { type DiskPart, Parts } from "./vm.ts";
 
 type Settings = "policy" | "interval" | "pinner" | "onWarning" | "backendEntry" | "deviceEntry";
 

@@ -1,0 +1,192 @@
+import { setTimeout as sleep } from "node:timers/promises";
+import { type Errno, invariant, UserError } from "../base/errors.ts";
+import type { Bdf } from "../base/units.ts";
+import type { StoreOptions } from "../device/block-store.ts";
+import { DEVICE_COUNTERS, type DeviceCounters } from "../device/counters.ts";
+import { EventFd } from "../host/eventfd.ts";
+import { closeFd } from "../host/libc.ts";
+import { socketPair } from "../host/socket.ts";
+import { type Wake, type WorkerEvent, WorkerHost, workerEntry } from "../machine/commands.ts";
+import { counters, countersBuffer } from "../memory/counters.ts";
+import { createIommuBuffer, DEVICES_MAX } from "../tracking/software-iommu.ts";
+import { TRACKING_COUNTERS, type TrackingCounters } from "../tracking/tracker.ts";
+import type { BackendData } from "./backend.ts";
+import type { DiskData, DiskStopped } from "./disk.ts";
+import type { Started, Stopped } from "./host-side.ts";
+import type { MachineEnd, MachineOptions } from "./machine.ts";
+
+type Settings =
+  | "strategy"
+  | "policy"
+  | "interval"
+  | "quota"
+  | "pinner"
+  | "onWarning"
+  | "backendEntry"
+  | "deviceEntry";
+
+export interface PartsOptions extends Pick<MachineOptions, Settings> {
+  /** GFNs that the IOMMU's table covers, from 0. */
+  readonly frames: number;
+  /** Functions that are tracked from the start. */
+  readonly assigned: readonly Bdf[];
+}
+
+/** An assigned disk of ours: its thread, and QEMU's end of its socket until somebody takes it. */
+export class DiskPart {
+  readonly worker: WorkerHost;
+  readonly counters: DeviceCounters;
+  /** Its number at the software IOMMU. */
+  readonly gate: number;
+  readonly #socket: HandOver;
+
+  constructor(worker: WorkerHost, counters: DeviceCounters, gate: number, qemuFd: number) {
+    this.worker = worker;
+    this.counters = counters;
+    this.gate = gate;
+    this.#socket = new HandOver(qemuFd);
+  }
+
+  takeFd(): number {
+    return this.#socket.take();
+  }
+
+  async stop(): Promise<DiskStopped> {
+    this.#socket.close();
+    return await this.worker.stop<DiskStopped>();
+  }
+}
+
+/** An fd for QEMU, until somebody takes it to give it there. */
+class HandOver {
+  #fd: number | undefined;
+
+  constructor(fd: number) {
+    this.#fd = fd;
+  }
+
+  take(): number {
+    const fd = this.#fd;
+    invariant(fd !== undefined, "taken twice");
+    this.#fd = undefined;
+    return fd;
+  }
+
+  close(): void {
+    if (this.#fd !== undefined) closeFd(this.take());
+  }
+}
+
+/** Threads, shared memory and sockets of one VM, from before QEMU has them until after it has ended. */
+export class Parts {
+  readonly pins: TrackingCounters;
+  readonly backendWorker: WorkerHost;
+  readonly failed = Promise.withResolvers<never>();
+  readonly #options: PartsOptions;
+  readonly #touch = EventFd.create();
+  readonly #iommu: SharedArrayBuffer;
+  readonly #iommuSocket: HandOver;
+  readonly #disks = new Set<DiskPart>();
+  readonly #hostErrors: (readonly [Errno, number])[] = [];
+  #closing = false;
+
+  constructor(options: PartsOptions) {
+    this.#options = options;
+    const [iommuFd, qemuIommuFd] = socketPair();
+    this.#iommuSocket = new HandOver(qemuIommuFd);
+    this.#iommu = createIommuBuffer(options.frames);
+    const pins = countersBuffer(TRACKING_COUNTERS);
+    this.pins = counters(TRACKING_COUNTERS, pins);
+    this.failed.promise.catch(() => {});
+    const { strategy, pinner, policy, interval, quota, assigned } = options;
+    const wake = EventFd.create();
+    this.backendWorker = this.#worker(
+      "the backend",
+      options.backendEntry ?? workerEntry(import.meta.url, "./backend-worker"),
+      {
+        ...{ wakeFd: wake.fd, socketFd: iommuFd, touchFd: this.#touch.fd, iommu: this.#iommu },
+        ...{ counters: pins, assigned, strategy, pinner, policy, interval, quota, firmware: true },
+      } satisfies BackendData,
+      wake,
+    );
+  }
+
+  /** QEMU's end of the virtio-iommu's socket. */
+  takeIommuFd(): number {
+    return this.#iommuSocket.take();
+  }
+
+  /** A thread with an open disk, which QEMU does not have yet. Throws UserError when its image cannot be used. */
+  async addDisk(store: StoreOptions): Promise<DiskPart> {
+    const taken = new Set([...this.#disks].map(({ gate }) => gate));
+    const gate = Array.from({ length: DEVICES_MAX }, (_, i) => i).find((i) => !taken.has(i));
+    if (gate === undefined) throw new UserError(`a VM has at most ${DEVICES_MAX} disks of ours`, 1);
+    const [diskFd, qemuFd] = socketPair();
+    const shared = countersBuffer(DEVICE_COUNTERS);
+    const wake = EventFd.create();
+    const worker = this.#worker(
+      "the disk",
+      this.#options.deviceEntry ?? workerEntry(import.meta.url, "./disk-worker"),
+      {
+        ...{ wakeFd: wake.fd, socketFd: diskFd, touchFd: this.#touch.fd, iommu: this.#iommu, gate },
+        ...{ counters: shared, disk: store },
+      } satisfies DiskData,
+      wake,
+    );
+    const disk = new DiskPart(worker, counters(DEVICE_COUNTERS, shared), gate, qemuFd);
+    this.#disks.add(disk);
+    try {
+      await worker.request("open");
+      return disk;
+    } catch (error) {
+      await this.removeDisk(disk);
+      throw error;
+    }
+  }
+
+  /** Stop its thread, when QEMU has it no longer. */
+  async removeDisk(disk: DiskPart): Promise<void> {
+    if (!this.#disks.delete(disk)) return;
+    this.#hostErrors.push(...(await disk.stop()).hostErrors);
+  }
+
+  /** What stands before the guest starts. QEMU has sent its memory map by now, but it may still be on its way. */
+  async started(memoryMiB: number): Promise<Started> {
+    // Not all RAM is in the map: the legacy hole below 1 MiB, and what firmware keeps from the guest.
+    const enough = 0.9 * memoryMiB * 2 ** 20;
+    let started = await this.backendWorker.request<Started>("started");
+    for (let tries = 0; started.ramBytes < enough && tries < 100; tries++) {
+      await sleep(10);
+      started = await this.backendWorker.request<Started>("started");
+    }
+    if (started.ramBytes >= enough) return started;
+    throw new UserError(`QEMU shares ${started.ramBytes} bytes of RAM, not ${memoryMiB} MiB`, 1);
+  }
+
+  /** Stop the threads: the disks first, because their DMA relies on the pins. */
+  async close(): Promise<MachineEnd> {
+    this.#closing = true;
+    this.#iommuSocket.close();
+    const disks = await Promise.allSettled([...this.#disks].map((disk) => this.removeDisk(disk)));
+    const backend = this.backendWorker.stop<Stopped>();
+    await Promise.allSettled([backend]);
+    this.#touch.close();
+    for (const disk of disks) if (disk.status === "rejected") throw disk.reason;
+    return { backend: await backend, hostErrors: this.#hostErrors };
+  }
+
+  #worker(name: string, entry: URL, data: object, wake: Wake): WorkerHost {
+    const onEvent = (event: WorkerEvent) => this.#hear(event, this.#options.onWarning ?? (() => {}));
+    const worker = new WorkerHost({ name, entry, data, wake, onEvent });
+    void worker.ended.then((error) => {
+      if (error) this.failed.reject(error);
+    });
+    return worker;
+  }
+
+  #hear({ kind, message }: WorkerEvent, warn: (text: string) => void): void {
+    if (this.#closing || kind === "peer-gone") return; // QEMU's end is told by QEMU's exit
+    if (kind === "warning") warn(message);
+    else this.failed.reject(new UserError(message, 1));
+  }
+}
