@@ -2,6 +2,7 @@ import assert from "node:assert/strict";
 import test from "node:test";
 import fc from "fast-check";
 import { fails, holds } from "../../test/support/property.ts";
+import { InvariantViolation } from "../base/errors.ts";
 import type { Gfn } from "../base/units.ts";
 import { SharedWords } from "../memory/shared-words.ts";
 import { IOVA_PAGES, IovaTables, walk } from "./iova-tables.ts";
@@ -38,6 +39,14 @@ test("flags and the largest frame number of all are in the entry", () => {
   const root = tables.create()!;
   for (const flags of [0, 1, 2, 3]) tables.map(root, mapping(flags, flags, 2 ** 30 - 1, flags));
   for (const flags of [0, 1, 2, 3]) assert.equal(at(root, flags), entry(2 ** 30 - 1, flags));
+});
+
+test("what was never mapped cannot be unmapped, and no table is built for it", () => {
+  const { tables, at } = rig(4);
+  const root = tables.create()!;
+  assert.throws(() => tables.unmap(root, { first: 5, last: 5 }), InvariantViolation);
+  assert.equal(tables.map(root, mapping(2 ** 30, 2 ** 30, 7)), true, "all three tables are free still");
+  assert.equal(at(root, 2 ** 30), entry(7));
 });
 
 test("pages beyond the address space lead nowhere", () => {

@@ -85,7 +85,7 @@ export class IovaTables {
     // Only here, before anything is built: what is built and still empty would be taken back.
     if (this.#free.length < tablesOf(first, last)) this.#reclaim();
     for (let page = first; page <= last; ) {
-      const leaf = this.#leaf(root, page);
+      const leaf = this.#leaf(root, page, true);
       if (leaf === undefined) {
         if (page > first) this.unmap(root, { first, last: page - 1 });
         return false;
@@ -103,7 +103,7 @@ export class IovaTables {
   /** Clear what was mapped. The caller must quiesce() before the frames are used for anything else. */
   unmap(root: number, { first, last }: Pick<Mapping, "first" | "last">): void {
     for (let page = first; page <= last; ) {
-      const leaf = this.#leaf(root, page);
+      const leaf = this.#leaf(root, page, false);
       invariant(leaf !== undefined, `page ${page} is not mapped`);
       for (const end = endOf(page, last); page < end; page++) {
         this.#words.store(this.#at(leaf, indexOf(page, 0)), 0);
@@ -112,18 +112,19 @@ export class IovaTables {
     }
   }
 
-  /** The table that has the leaf entry of `page`; made when it is absent, and there is room. */
-  #leaf(root: number, page: number): number | undefined {
+  /** The table that has the leaf entry of `page`. `build`: it is made when it is absent, and there is room. */
+  #leaf(root: number, page: number, build: boolean): number | undefined {
     let table: number | undefined = root;
     for (let level = LEVELS - 1; level > 0 && table !== undefined; level--)
-      table = this.#table(this.#at(table, indexOf(page, level)));
+      table = this.#table(this.#at(table, indexOf(page, level)), build);
     return table;
   }
 
   /** The table that the upper entry at `at` points to. */
-  #table(at: number): number | undefined {
+  #table(at: number, build: boolean): number | undefined {
     const entry = this.#words.load(at);
     if (entry !== 0) return entry - 1;
+    if (!build) return undefined;
     const table = this.#free.pop();
     if (table === undefined) return undefined;
     this.#link[table] = at;
