@@ -13,7 +13,7 @@ import type { DeviceLink, LoadSpec } from "../machine/embedded/load.ts";
 import { OwnedRam } from "../machine/embedded/ram.ts";
 import { type Measurement, report } from "../machine/embedded/workloads/workload.ts";
 import { Bell } from "../memory/bell.ts";
-import { counters, countersBuffer } from "../memory/counters.ts";
+import { counters, countersBuffer, sums } from "../memory/counters.ts";
 import { createIommuBuffer } from "../tracking/software-iommu.ts";
 import { TRACKING_COUNTERS, type TrackingCounters } from "../tracking/tracker.ts";
 import { mailboxBuffer } from "../transport/mailbox.ts";
@@ -118,15 +118,8 @@ export class EmbeddedMachine implements Machine {
 
   #driverState(): DriverState | null {
     const { tracked, driverCounters } = this.#threads;
-    const sum = (name: keyof DriverState) => driverCounters.reduce((total, c) => total + c[name], 0);
     return tracked
-      ? {
-          map: sum("map"),
-          unmap: sum("unmap"),
-          framesMapped: sum("framesMapped"),
-          framesUnmapped: sum("framesUnmapped"),
-          pinRequests: sum("pinRequests"),
-        }
+      ? sums(["map", "unmap", "framesMapped", "framesUnmapped", "pinRequests"], driverCounters)
       : null;
   }
 }

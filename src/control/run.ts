@@ -1,4 +1,5 @@
 import { monotonicClock } from "../host/clock.ts";
+import { sums } from "../memory/counters.ts";
 import { meanPinned } from "../tracking/counters.ts";
 import type { Machine, MachineEnd, MachineOptions, Worked } from "./machine.ts";
 import type { RunResult } from "./result.ts";
@@ -121,10 +122,8 @@ function complaintsOf(
 const steadyOf = ({ first, last }: Worked): RunResult["steady"] =>
   first && last && { maps: last.map - first.map, pinRequests: last.pinRequests - first.pinRequests };
 
-export function dmaOf({ devices }: Pick<Machine, "devices">): RunResult["dma"] {
-  const sum = (name: "transfers" | "bytes" | "faults") => devices.reduce((total, d) => total + d[name], 0);
-  return { transfers: sum("transfers"), bytes: sum("bytes"), faults: sum("faults") };
-}
+export const dmaOf = ({ devices }: Pick<Machine, "devices">): RunResult["dma"] =>
+  sums(["transfers", "bytes", "faults"], devices);
 
 function sample({ pins }: Machine, { strategy }: RunOptions, ms: number): RunResult["samples"][number] {
   const tracked = strategy === "coiommu";

@@ -24,3 +24,10 @@ export function counters<Name extends string>(
   });
   return view;
 }
+
+/** What several have counted, by name. */
+export const sums = <Name extends string>(
+  names: readonly Name[],
+  of: readonly Readonly<Counters<Name>>[],
+): Counters<Name> =>
+  Object.fromEntries(names.map((name) => [name, of.reduce((sum, c) => sum + c[name], 0)])) as Counters<Name>;

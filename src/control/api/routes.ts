@@ -4,6 +4,7 @@ import { formatBdf } from "../../base/units.ts";
 import { DEVICE_COUNTERS } from "../../device/counters.ts";
 import { DRIVER_COUNTERS } from "../../driver/counters.ts";
 import { monotonicClock } from "../../host/clock.ts";
+import { sums } from "../../memory/counters.ts";
 import { meanPinned } from "../../tracking/counters.ts";
 import { LIVES } from "../../tracking/life.ts";
 import type { TrackingCounters } from "../../tracking/tracker.ts";
@@ -138,9 +139,3 @@ function trackingOf({ machine, options }: LiveGuest): Static<typeof schemas.Coun
     passes: tracked("passes"),
   };
 }
-
-const sums = <N extends string>(names: readonly N[], of: readonly Readonly<Record<N, number>>[]) =>
-  Object.fromEntries(names.map((name) => [name, of.reduce((sum, c) => sum + c[name], 0)])) as Record<
-    N,
-    number
-  >;
