@@ -87,6 +87,12 @@ export class GuestMemory implements GuestAccess {
     return this.#regions.reduce((sum, r) => sum + r.size, 0);
   }
 
+  /** Every frame of RAM. */
+  *frames(): Generator<Gfn> {
+    for (const { gpa, end } of this.#regions)
+      for (let gfn = gpa / FRAME_SIZE; gfn < end / FRAME_SIZE; gfn++) yield gfn as Gfn;
+  }
+
   setRegions(regions: readonly GuestRegion[]): void {
     const sorted = regions
       .map((r): Mapped => {

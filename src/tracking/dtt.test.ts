@@ -179,3 +179,64 @@ test("setPinned and clearPinned change P alone", () => {
     assert.equal(guest.word(9), word);
   }
 });
+
+// --- dirty --------------------------------------------------------------------------------------------------------
+
+/** Every value that matters: [word, whether it is dirty, word after it]. */
+const dirt: readonly (readonly [word: number, dirty: boolean, after: number])[] = [
+  [0, false, 0],
+  [P, false, P],
+  [P + A + 3, false, P + A + 3],
+  [P + D, true, P],
+  [P + A + W + D + 3, true, P + A + W + 3],
+  [P + W + 1, true, P + W + 1],
+  [D, true, 0],
+  [2 ** 32 - 1, true, 2 ** 32 - 1 - D],
+];
+for (const [word, dirty, after] of dirt)
+  test(`takeDirty of 0x${word.toString(16)}: ${dirty}, and D alone is cleared`, () => {
+    const { guest, host } = tables(1);
+    guest.set(9, word);
+    assert.deepEqual([host.takeDirty(guest.unit(9)), guest.word(9)], [dirty, after]);
+  });
+
+/** A guest that maps between the host's load and its write. */
+class Mapping extends GuestMemory {
+  override and32(gpa: number, bits: number): number {
+    super.add32(gpa, 1);
+    return super.and32(gpa, bits);
+  }
+  override store32(gpa: number, value: number): void {
+    super.add32(gpa, 1);
+    super.store32(gpa, value);
+  }
+}
+
+function countAfterDirty(open: (memory: GuestMemory) => DmaTrackingTable): number {
+  const memory = new Mapping(ram(512).regions);
+  const guest = new GuestTable(memory, ROOT, 1);
+  guest.set(9, P + D + 1);
+  open(memory).takeDirty(guest.unit(9));
+  return guest.word(9) & 0xffff;
+}
+
+test("takeDirty loses no count of a guest that maps meanwhile", () => assert.equal(countAfterDirty(open), 2));
+
+test("broken twin: a takeDirty by load and store loses it", () => {
+  class Torn extends DmaTrackingTable {
+    readonly #m: GuestMemory;
+    constructor(memory: GuestMemory) {
+      super(memory, ROOT as Gpa, 1);
+      this.#m = memory;
+    }
+    override takeDirty(unit: Unit): boolean {
+      const seen = this.#m.load32(unit);
+      this.#m.store32(unit, seen & ~D);
+      return (seen & (D | W)) !== 0;
+    }
+  }
+  assert.equal(
+    countAfterDirty((memory) => new Torn(memory)),
+    1,
+  );
+});

@@ -10,6 +10,7 @@ import {
   TU_COUNT,
   TU_DIRTY,
   TU_PINNED,
+  TU_WRITABLE,
   unitOffset,
 } from "../wire/dtt.ts";
 
@@ -94,5 +95,18 @@ export class DmaTrackingTable {
       return this.#memory.compareExchange32(unit, seen, seen & ~TU_PINNED) === seen ? "claimed" : "mapped";
     if (value & TU_ACCESSED) this.#memory.and32(unit, ~TU_ACCESSED);
     return value & TU_COUNT ? "mapped" : "accessed";
+  }
+  /**
+   * Whether a device may have written the frame since this was last asked: D, which is cleared, or W.
+   *
+   * ORDERING: the driver sets W before the device gets the address, and turns it into D when the device is done, in
+   * one RMW. So a write is before the load here and W or D is seen, or one of them is there for the next harvest. D is
+   * cleared by an RMW, because the guest counts in the same word, and before the page is copied.
+   * PAIRS WITH put_unit() in guest/linux/units.c.
+   */
+  takeDirty(unit: Unit): boolean {
+    const seen = this.#memory.load32(unit);
+    if (seen & TU_DIRTY) this.#memory.and32(unit, ~TU_DIRTY);
+    return (seen & (TU_DIRTY | TU_WRITABLE)) !== 0;
   }
 }

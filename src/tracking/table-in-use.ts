@@ -9,6 +9,8 @@ export class TableInUse {
   #table: DmaTrackingTable | undefined;
   #generation = NO_TABLE;
   #complete = false;
+  /** The driver maintains D and W. */
+  #marksDirty = false;
 
   constructor(ledger: Ledger) {
     this.#ledger = ledger;
@@ -22,11 +24,12 @@ export class TableInUse {
     return this.#generation;
   }
 
-  /** `complete`: it has every live mapping of every assigned function (abi.md section 3, pin_flags). */
-  open(table: DmaTrackingTable, complete: boolean): void {
+  /** `complete`: it has every live mapping of every assigned function (abi.md section 3, pin_flags). `marksDirty`: PIN_DIRTY. */
+  open(table: DmaTrackingTable, complete: boolean, marksDirty: boolean): void {
     this.#table = table;
     this.#generation++;
     this.#complete = complete;
+    this.#marksDirty = marksDirty;
   }
 
   close(): void {
@@ -48,7 +51,7 @@ export class TableInUse {
     const table = this.#table;
     if (!table || !this.#ledger.has(gfn)) return "gone";
     if (this.#ledger.isNeeded(gfn)) return "mapped";
-    const foreign = this.#foreign(gfn);
+    const foreign = this.isForeign(gfn);
     // abi.md section 3: "PIN on without COMPLETE: ... unpin only frames that this table once claimed."
     if (foreign && !this.#complete) return "mapped";
     const unit = table.walk(gfn);
@@ -62,7 +65,7 @@ export class TableInUse {
   /** Take a claim back: the page is still pinned. */
   unclaim(gfn: Gfn): void {
     const unit = this.walk(gfn);
-    if (unit !== NO_UNIT && !this.#foreign(gfn)) this.#table?.setPinned(unit);
+    if (unit !== NO_UNIT && !this.isForeign(gfn)) this.#table?.setPinned(unit);
   }
 
   /** The frame goes whatever its unit says: the guest is to ask again. */
@@ -71,8 +74,19 @@ export class TableInUse {
     if (unit !== NO_UNIT) this.#table?.clearPinned(unit);
   }
 
+  /**
+   * Whether a device may have written the frame since this was last asked. The driver tells only of frames that this
+   * table has claimed; any other may be written at any time, and so may one that a domain maps.
+   */
+  takeDirty(gfn: Gfn): boolean {
+    const known = this.#table && this.#marksDirty && this.#ledger.has(gfn);
+    const told = known && !this.isForeign(gfn) && !this.#ledger.isNeeded(gfn);
+    const unit = told ? this.walk(gfn) : NO_UNIT;
+    return unit === NO_UNIT || this.#table!.takeDirty(unit);
+  }
+
   /** Pinned for firmware, for a domain, or by an earlier table, and not asked for since. */
-  #foreign(gfn: Gfn): boolean {
+  isForeign(gfn: Gfn): boolean {
     return this.#ledger.generation(gfn) !== this.#generation;
   }
 }

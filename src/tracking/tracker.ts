@@ -13,6 +13,7 @@ import {
   VIRTIO_IOMMU_S_UNSUPP,
 } from "../wire/virtio-iommu.ts";
 import { countPinned, type TrackingCounters } from "./counters.ts";
+import { DirtyTracking } from "./dirty.ts";
 import { DmaTrackingTable, NO_UNIT, type Unit } from "./dtt.ts";
 import { type Ledger, NO_TABLE, ONLY_DOMAINS } from "./ledger.ts";
 import { type BeforeActivation, initialLife, LIVES, type Life, type LifeEvent, nextLife } from "./life.ts";
@@ -56,6 +57,8 @@ export class Tracker {
   readonly #pins: Pins;
   readonly #ledger: Ledger;
   readonly #static: StaticPins;
+  /** What devices write. Only with PIN_DIRTY it is known: else every frame that they reach counts as written. */
+  readonly dirty: DirtyTracking;
   readonly #table: TableInUse;
   readonly #passes: UnpinPasses;
   #life: Life;
@@ -75,9 +78,13 @@ export class Tracker {
     this.#pins = new Pins(options);
     this.#ledger = this.#pins.ledger;
     this.#table = new TableInUse(this.#ledger);
-    const parts = { pins: this.#pins, table: this.#table, clock: options.clock, counters: options.counters };
-    this.#passes = new UnpinPasses({ ...parts, parked: () => this.parked });
     this.#static = new StaticPins(options.memory, options.pinner, options.iommu);
+    this.dirty = new DirtyTracking(
+      () => (this.#static.frames > 0 ? options.memory.frames() : this.#ledger.frames()),
+      (gfn) => this.#table.takeDirty(gfn),
+    );
+    const parts = { pins: this.#pins, table: this.#table, clock: options.clock, counters: options.counters };
+    this.#passes = new UnpinPasses({ ...parts, dirty: this.dirty, parked: () => this.parked });
     this.remapping = new Remapping(options.iommu, this);
     options.counters.startedAt = options.counters.changedAt = options.clock.now();
     options.iommu.setGranting(this.#granting);
@@ -119,6 +126,7 @@ export class Tracker {
     this.remapping.forget(lost);
     this.#drop(lost.filter((gfn) => this.#ledger.has(gfn)));
     this.#o.memory.setRegions(regions);
+    this.dirty.memoryChanged(this.#o.memory);
     this.#pins.releaseOrphans();
     this.#pinUnasked();
   }
@@ -135,11 +143,11 @@ export class Tracker {
     this.#changed();
   }
 
-  /** PIN on. False when the table is not valid. */
-  activate(root: number, levels: number, complete: boolean): boolean {
+  /** PIN on; `marksDirty`: with PIN_DIRTY. False when the table is not valid. */
+  activate(root: number, levels: number, complete: boolean, marksDirty = false): boolean {
     const { memory, openTable = (m, r, l) => new DmaTrackingTable(m, r, l) } = this.#o;
     if (!DmaTrackingTable.valid(memory, root, levels)) return false;
-    this.#table.open(openTable(memory, root as Gpa, levels), complete);
+    this.#table.open(openTable(memory, root as Gpa, levels), complete, marksDirty);
     this.#enter("pin-on");
     return true;
   }
@@ -251,7 +259,11 @@ export class Tracker {
       }
     const status = this.#pinFresh(n, this.#table.generation);
     if (status !== VIRTIO_IOMMU_S_OK) return status;
-    for (let i = 0; i < n; i++) this.#table.own(this.#gfns[i]! as Gfn, this.#units[i]! as Unit);
+    for (let i = 0; i < n; i++) {
+      const gfn = this.#gfns[i]! as Gfn;
+      if (this.#table.isForeign(gfn)) this.dirty.remember(gfn);
+      this.#table.own(gfn, this.#units[i]! as Unit);
+    }
     return VIRTIO_IOMMU_S_OK;
   }
 
@@ -310,7 +322,11 @@ export class Tracker {
   /** Domains no longer map what hold() was called for. `kept`: until a table is there that says what is in use. */
   letGo(mappings: Iterable<Mapping>, kept = false): void {
     if (this.#o.beforeActivation === "all") return;
-    this.#o.counters.framesUnpinned += this.#pins.giveUp(mappings, kept);
+    const gone = [...mappings];
+    // No unit tells what devices wrote through a domain.
+    if (this.dirty.on)
+      for (const mapping of gone) for (const gfn of framesOf(mapping)) this.dirty.remember(gfn);
+    this.#o.counters.framesUnpinned += this.#pins.giveUp(gone, kept);
     this.#changed();
   }
 
@@ -374,7 +390,10 @@ export class Tracker {
 
   /** Let go of frames whatever their units say; a table that is in use loses their P, so that the guest asks again. */
   #drop(gfns: readonly Gfn[]): void {
-    for (const gfn of gfns) this.#table.clearPinned(gfn);
+    for (const gfn of gfns) {
+      this.#table.clearPinned(gfn);
+      this.dirty.remember(gfn);
+    }
     this.#pins.drop(gfns);
     this.#o.counters.framesUnpinned += gfns.length;
   }

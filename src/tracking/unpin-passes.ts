@@ -2,6 +2,7 @@ import type { Clock } from "../base/clock.ts";
 import type { Nanoseconds } from "../base/units.ts";
 import { GfnBuffer } from "../policy/policy.ts";
 import type { TrackingCounters } from "./counters.ts";
+import type { DirtyTracking } from "./dirty.ts";
 import type { Pins } from "./pins.ts";
 import type { TableInUse } from "./table-in-use.ts";
 
@@ -11,6 +12,7 @@ const SLICE_FRAMES = 256;
 interface UnpinPassesOptions {
   readonly pins: Pins;
   readonly table: TableInUse;
+  readonly dirty: DirtyTracking;
   readonly clock: Clock;
   readonly counters: TrackingCounters;
   parked(): boolean;
@@ -89,15 +91,17 @@ export class UnpinPasses {
 
   /** Returns how many went. `accessed`: also those that were mapped lately; then it is no try of the policy's. */
   #unpinCandidates(now: Nanoseconds, accessed: boolean): number {
-    const { pins, table, counters } = this.#o;
+    const { pins, table, dirty, counters } = this.#o;
     this.#claimed.clear();
     for (let i = 0; i < this.#candidates.length; i++) {
       const gfn = this.#candidates.at(i);
       let outcome = table.claim(gfn);
       // That has cleared A.
       if (accessed && outcome === "accessed") outcome = table.claim(gfn);
-      if (outcome === "claimed") this.#claimed.push(gfn);
-      else if (!accessed) {
+      if (outcome === "claimed") {
+        this.#claimed.push(gfn);
+        dirty.leaves(gfn);
+      } else if (!accessed) {
         if (outcome === "mapped") this.#mapped++;
         pins.policy.tried(gfn, outcome, now);
       }

@@ -65,9 +65,10 @@ export function machine(options: MachineOptions = {}) {
         return allowed;
       });
     },
-    activate(complete = true): void {
+    activate(complete = true, marksDirty = false): void {
       for (const gfn of [0, 1024]) if (gfn < 1024 * 512 ** (levels - 1)) table.unit(gfn);
-      if (!tracker.activate(table.root, levels, complete)) throw new Error("the table is refused");
+      if (!tracker.activate(table.root, levels, complete, marksDirty))
+        throw new Error("the table is refused");
     },
     /** What a driver does for a mapping: count, and ask when P is clear. Returns the status of the request. */
     map(...gfns: number[]): number {
