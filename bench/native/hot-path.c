@@ -32,9 +32,9 @@ double hot_path(const u64 *gfns, unsigned int count, u64 nr, unsigned int loops)
 
 	for (loop = 0; loop < loops; loop++)
 		for (i = 0; i < count; i++) {
-			if (coiommu_dtt_get(gfns[i], nr, &ask))
+			if (coiommu_dtt_get(gfns[i], nr, true, &ask))
 				return -1;
-			unmapped += coiommu_dtt_put(gfns[i], nr);
+			unmapped += coiommu_dtt_put(gfns[i], nr, true);
 		}
 	return ask || unmapped != nr * count * loops ? -1 : now() - start;
 }

@@ -80,14 +80,15 @@ int coiommu_dtt_create(void);
 void coiommu_dtt_destroy(void);
 phys_addr_t coiommu_dtt_root(void);
 unsigned int coiommu_dtt_levels(void);
+void coiommu_dtt_mark_writable(bool on);
 void coiommu_dtt_forget_pins(void);
 int coiommu_dtt_for_each_live(int (*func)(const u64 *gfns, unsigned int nr, void *arg), void *arg);
 void coiommu_dtt_usage(struct coiommu_dtt_usage *usage);
 
 /* units.c: counting. abi.md section 2. */
 
-int coiommu_dtt_get(u64 gfn, u64 nr, bool *ask);
-u64 coiommu_dtt_put(u64 gfn, u64 nr);
+int coiommu_dtt_get(u64 gfn, u64 nr, bool write, bool *ask);
+u64 coiommu_dtt_put(u64 gfn, u64 nr, bool written);
 bool coiommu_dtt_pinned(u64 gfn);
 
 /* dma_ops.c: the DMA API of a hooked function */
@@ -113,10 +114,14 @@ struct coiommu_hook {
 };
 
 /* The part of them that counts and asks; @sgl has the addresses that the device gets. */
-int coiommu_track(struct coiommu_hook *hook, dma_addr_t addr, size_t size);
-void coiommu_untrack(struct coiommu_hook *hook, dma_addr_t addr, size_t size);
-int coiommu_track_sg(struct coiommu_hook *hook, struct scatterlist *sgl, int nents);
-void coiommu_untrack_sg(struct coiommu_hook *hook, struct scatterlist *sgl, int nents);
+int coiommu_track(struct coiommu_hook *hook, dma_addr_t addr, size_t size,
+		  enum dma_data_direction dir);
+void coiommu_untrack(struct coiommu_hook *hook, dma_addr_t addr, size_t size,
+		     enum dma_data_direction dir);
+int coiommu_track_sg(struct coiommu_hook *hook, struct scatterlist *sgl, int nents,
+		     enum dma_data_direction dir);
+void coiommu_untrack_sg(struct coiommu_hook *hook, struct scatterlist *sgl, int nents,
+			enum dma_data_direction dir);
 
 /* hooks.c: which functions are hooked, and when */
 

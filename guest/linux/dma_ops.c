@@ -37,6 +37,11 @@ static inline u64 nr_frames(dma_addr_t addr, size_t size)
 	return PFN_UP((u64)offset_in_page(addr) + size);
 }
 
+static inline bool device_writes(enum dma_data_direction dir)
+{
+	return dir != DMA_TO_DEVICE;
+}
+
 static int pin(struct coiommu_hook *hook, u64 gfn, u64 nr)
 {
 	struct coiommu_pin pin;
@@ -46,20 +51,21 @@ static int pin(struct coiommu_hook *hook, u64 gfn, u64 nr)
 	return coiommu_pin_end(&pin);
 }
 
-int coiommu_track(struct coiommu_hook *hook, dma_addr_t addr, size_t size)
+int coiommu_track(struct coiommu_hook *hook, dma_addr_t addr, size_t size,
+		  enum dma_data_direction dir)
 {
 	u64 gfn = first_gfn(hook, addr);
 	u64 nr = nr_frames(addr, size);
 	bool ask = false;
 	int ret;
 
-	ret = coiommu_dtt_get(gfn, nr, &ask);
+	ret = coiommu_dtt_get(gfn, nr, device_writes(dir), &ask);
 	if (unlikely(ret))
 		goto failed;
 	if (unlikely(ask)) {
 		ret = pin(hook, gfn, nr);
 		if (ret) {
-			coiommu_dtt_put(gfn, nr);
+			coiommu_dtt_put(gfn, nr, false);
 			goto failed;
 		}
 	}
@@ -71,15 +77,17 @@ failed:
 	return ret;
 }
 
-void coiommu_untrack(struct coiommu_hook *hook, dma_addr_t addr, size_t size)
+void coiommu_untrack(struct coiommu_hook *hook, dma_addr_t addr, size_t size,
+		     enum dma_data_direction dir)
 {
-	u64 done = coiommu_dtt_put(first_gfn(hook, addr), nr_frames(addr, size));
+	u64 done = coiommu_dtt_put(first_gfn(hook, addr), nr_frames(addr, size),
+				   device_writes(dir));
 
 	coiommu_count(unmap);
 	coiommu_add(frames_unmapped, done);
 }
 
-static u64 put_sg(struct coiommu_hook *hook, struct scatterlist *sgl, int nents)
+static u64 put_sg(struct coiommu_hook *hook, struct scatterlist *sgl, int nents, bool written)
 {
 	struct scatterlist *sg;
 	u64 done = 0;
@@ -87,7 +95,7 @@ static u64 put_sg(struct coiommu_hook *hook, struct scatterlist *sgl, int nents)
 
 	for_each_sg(sgl, sg, nents, i)
 		done += coiommu_dtt_put(first_gfn(hook, sg_dma_address(sg)),
-					nr_frames(sg_dma_address(sg), sg_dma_len(sg)));
+					nr_frames(sg_dma_address(sg), sg_dma_len(sg)), written);
 	return done;
 }
 
@@ -105,7 +113,8 @@ static int pin_sg(struct coiommu_hook *hook, struct scatterlist *sgl, int nents)
 	return coiommu_pin_end(&pin);
 }
 
-int coiommu_track_sg(struct coiommu_hook *hook, struct scatterlist *sgl, int nents)
+int coiommu_track_sg(struct coiommu_hook *hook, struct scatterlist *sgl, int nents,
+		     enum dma_data_direction dir)
 {
 	struct scatterlist *sg;
 	bool ask = false;
@@ -116,7 +125,7 @@ int coiommu_track_sg(struct coiommu_hook *hook, struct scatterlist *sgl, int nen
 		dma_addr_t addr = sg_dma_address(sg);
 		u64 nr = nr_frames(addr, sg_dma_len(sg));
 
-		ret = coiommu_dtt_get(first_gfn(hook, addr), nr, &ask);
+		ret = coiommu_dtt_get(first_gfn(hook, addr), nr, device_writes(dir), &ask);
 		if (unlikely(ret))
 			goto failed;
 		frames += nr;
@@ -130,14 +139,15 @@ int coiommu_track_sg(struct coiommu_hook *hook, struct scatterlist *sgl, int nen
 	coiommu_add(frames_mapped, frames);
 	return 0;
 failed:
-	put_sg(hook, sgl, i);
+	put_sg(hook, sgl, i, false);
 	coiommu_count(map_failed);
 	return ret;
 }
 
-void coiommu_untrack_sg(struct coiommu_hook *hook, struct scatterlist *sgl, int nents)
+void coiommu_untrack_sg(struct coiommu_hook *hook, struct scatterlist *sgl, int nents,
+			enum dma_data_direction dir)
 {
-	u64 done = put_sg(hook, sgl, nents);
+	u64 done = put_sg(hook, sgl, nents, device_writes(dir));
 
 	coiommu_count(unmap);
 	coiommu_add(frames_unmapped, done);
@@ -154,7 +164,7 @@ static dma_addr_t co_map_page(struct device *dev, struct page *page, unsigned lo
 		coiommu_count(map_failed);
 		return DMA_MAPPING_ERROR;
 	}
-	if (unlikely(coiommu_track(hook, addr, size))) {
+	if (unlikely(coiommu_track(hook, addr, size, dir))) {
 		dma_unmap_page_attrs(&hook->shadow, addr, size, dir,
 				     attrs | DMA_ATTR_SKIP_CPU_SYNC);
 		return DMA_MAPPING_ERROR;
@@ -169,7 +179,7 @@ static void co_unmap_page(struct device *dev, dma_addr_t addr, size_t size,
 {
 	struct coiommu_hook *hook = to_hook(dev);
 
-	coiommu_untrack(hook, addr, size);
+	coiommu_untrack(hook, addr, size, dir);
 	dma_unmap_page_attrs(&hook->shadow, addr, size, dir, attrs);
 }
 
@@ -192,7 +202,7 @@ static int co_map_sg(struct device *dev, struct scatterlist *sgl, int nents,
 		coiommu_count(map_failed);
 		return ret;
 	}
-	if (unlikely(coiommu_track_sg(hook, sgl, nents))) {
+	if (unlikely(coiommu_track_sg(hook, sgl, nents, dir))) {
 		dma_unmap_sg_attrs(&hook->shadow, sgl, nents, dir, attrs | DMA_ATTR_SKIP_CPU_SYNC);
 		return -ENOMEM;
 	}
@@ -211,23 +221,25 @@ static void co_unmap_sg(struct device *dev, struct scatterlist *sgl, int nents,
 {
 	struct coiommu_hook *hook = to_hook(dev);
 
-	coiommu_untrack_sg(hook, sgl, nents);
+	coiommu_untrack_sg(hook, sgl, nents, dir);
 	dma_unmap_sg_attrs(&hook->shadow, sgl, nents, dir, attrs);
 }
 
 /* dma-direct allocates whole pages. */
-static int track_alloc(struct coiommu_hook *hook, dma_addr_t addr, size_t size)
+static int track_alloc(struct coiommu_hook *hook, dma_addr_t addr, size_t size,
+		       enum dma_data_direction dir)
 {
-	int ret = coiommu_track(hook, addr, PAGE_ALIGN(size));
+	int ret = coiommu_track(hook, addr, PAGE_ALIGN(size), dir);
 
 	if (!ret)
 		coiommu_count(alloc);
 	return ret;
 }
 
-static void untrack_alloc(struct coiommu_hook *hook, dma_addr_t addr, size_t size)
+static void untrack_alloc(struct coiommu_hook *hook, dma_addr_t addr, size_t size,
+			  enum dma_data_direction dir)
 {
-	coiommu_untrack(hook, addr, PAGE_ALIGN(size));
+	coiommu_untrack(hook, addr, PAGE_ALIGN(size), dir);
 	coiommu_count(free);
 }
 
@@ -250,7 +262,7 @@ static void *co_alloc(struct device *dev, size_t size, dma_addr_t *addr, gfp_t g
 		coiommu_count(map_failed);
 		return NULL;
 	}
-	if (track_alloc(hook, *addr, size)) {
+	if (track_alloc(hook, *addr, size, DMA_BIDIRECTIONAL)) {
 		dma_free_attrs(&hook->shadow, size, cpu_addr, *addr, attrs);
 		return NULL;
 	}
@@ -262,7 +274,7 @@ static void co_free(struct device *dev, size_t size, void *cpu_addr, dma_addr_t 
 {
 	struct coiommu_hook *hook = to_hook(dev);
 
-	untrack_alloc(hook, addr, size);
+	untrack_alloc(hook, addr, size, DMA_BIDIRECTIONAL);
 	dma_free_attrs(&hook->shadow, size, cpu_addr, addr, attrs);
 }
 
@@ -279,7 +291,7 @@ static struct page *co_alloc_pages(struct device *dev, size_t size, dma_addr_t *
 		coiommu_count(map_failed);
 		return NULL;
 	}
-	if (track_alloc(hook, *addr, size)) {
+	if (track_alloc(hook, *addr, size, dir)) {
 		dma_free_pages(&hook->shadow, size, page, *addr, dir);
 		return NULL;
 	}
@@ -291,7 +303,7 @@ static void co_free_pages(struct device *dev, size_t size, struct page *page, dm
 {
 	struct coiommu_hook *hook = to_hook(dev);
 
-	untrack_alloc(hook, addr, size);
+	untrack_alloc(hook, addr, size, dir);
 	dma_free_pages(&hook->shadow, size, page, addr, dir);
 }
 

@@ -18,6 +18,7 @@ struct coiommu_dtt {
 	unsigned int top_shift;		/* of the root's index, if the root is no leaf */
 	unsigned int gfn_bits;		/* what the levels can index */
 	u32 count_max;
+	bool marks_writable;		/* PIN_DIRTY is negotiated */
 	atomic_long_t pages;
 };
 

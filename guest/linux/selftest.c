@@ -8,6 +8,8 @@
  *
  *	reset BATCH			an empty table; a device that takes BATCH ranges
  *	device on|off
+ *	pin_dirty on|off		whether it has PIN_DIRTY; off after a reset
+ *	direction to|from|both		of the mappings that follow; both after a reset
  *	watch GFN...			whose units are shown
  *	set GFN WORD			make a unit WORD
  *	units				of the watched frames: those that are not 0
@@ -59,6 +61,7 @@ static struct frames watched;
 static struct answer answers[ANSWERS_MAX];
 static unsigned int nr_answers, next_answer;
 static bool returned;
+static enum dma_data_direction direction;
 static struct virtio_iommu_req_tail *tail_of_request;
 static char text[SIMPLE_TRANSACTION_LIMIT];
 static struct seq_buf out;
@@ -159,6 +162,8 @@ static void stop(void)
 	coiommu_pin_disable();
 	coiommu_pin_close();
 	coiommu_dtt_destroy();
+	coiommu_dtt_mark_writable(false);
+	direction = DMA_BIDIRECTIONAL;
 	watched.nr = 0;
 	nr_answers = 0;
 	returned = false;
@@ -197,6 +202,37 @@ static int do_device(char **words, unsigned int nr)
 		coiommu_pin_enable();
 	else
 		coiommu_pin_disable();
+	return 0;
+}
+
+static int do_pin_dirty(char **words, unsigned int nr)
+{
+	bool on;
+	int ret;
+
+	if (nr != 1)
+		return -EINVAL;
+	ret = kstrtobool(words[0], &on);
+	if (!ret)
+		coiommu_dtt_mark_writable(on);
+	return ret;
+}
+
+static int do_direction(char **words, unsigned int nr)
+{
+	static const char * const names[] = {
+		[DMA_BIDIRECTIONAL]	= "both",
+		[DMA_TO_DEVICE]		= "to",
+		[DMA_FROM_DEVICE]	= "from",
+	};
+	int ret;
+
+	if (nr != 1)
+		return -EINVAL;
+	ret = match_string(names, ARRAY_SIZE(names), words[0]);
+	if (ret < 0)
+		return ret;
+	direction = ret;
 	return 0;
 }
 
@@ -296,23 +332,23 @@ static int parse_pieces(char **words, unsigned int nr, struct scatterlist *sgl)
 
 static int map_single(struct scatterlist *sgl, int nents)
 {
-	return coiommu_track(&hook, sg_dma_address(sgl), sg_dma_len(sgl));
+	return coiommu_track(&hook, sg_dma_address(sgl), sg_dma_len(sgl), direction);
 }
 
 static int map_sg(struct scatterlist *sgl, int nents)
 {
-	return coiommu_track_sg(&hook, sgl, nents);
+	return coiommu_track_sg(&hook, sgl, nents, direction);
 }
 
 static int unmap_single(struct scatterlist *sgl, int nents)
 {
-	coiommu_untrack(&hook, sg_dma_address(sgl), sg_dma_len(sgl));
+	coiommu_untrack(&hook, sg_dma_address(sgl), sg_dma_len(sgl), direction);
 	return 0;
 }
 
 static int unmap_sg(struct scatterlist *sgl, int nents)
 {
-	coiommu_untrack_sg(&hook, sgl, nents);
+	coiommu_untrack_sg(&hook, sgl, nents, direction);
 	return 0;
 }
 
@@ -373,6 +409,8 @@ static const struct {
 } commands[] = {
 	{ "reset", do_reset },
 	{ "device", do_device },
+	{ "pin_dirty", do_pin_dirty },
+	{ "direction", do_direction },
 	{ "watch", do_watch },
 	{ "set", do_set },
 	{ "units", do_units },

@@ -266,6 +266,19 @@ static int for_each_leaf(struct leaf_walk *walk)
 	return ret;
 }
 
+/*
+ * Whether writable mappings are to set W: with PIN_DIRTY. Mappings may be under
+ * way or live that were made without: coiommu_dtt_for_each_live() finds them.
+ *
+ * ORDERING: the barrier is between this store and the loads of COUNT there.
+ * PAIRS WITH: coiommu_dtt_get().
+ */
+void coiommu_dtt_mark_writable(bool on)
+{
+	WRITE_ONCE(coiommu_dtt.marks_writable, on);
+	smp_mb();
+}
+
 static int forget_leaf(atomic_t *units, u64 gfn, struct leaf_walk *walk)
 {
 	unsigned int i;

@@ -46,16 +46,26 @@ static inline atomic_t *next_unit(atomic_t *unit, u64 gfn)
  * PAIRS WITH: the host's claimForUnpin in src/tracking, which fails until this
  * has made COUNT 0.
  *
- * With PIN_DIRTY this is also where D is set and W cleared, in the same RMW.
+ * W is set only with PIN_DIRTY. It becomes D in the same RMW, so that the host's
+ * takeDirty sees one of them at any time; and no COUNT of 0 is left with W, at
+ * which the host's claim would fail for ever.
  */
-static inline bool put_unit(atomic_t *unit)
+static inline bool put_unit(atomic_t *unit, bool written)
 {
 	int value = atomic_read(unit);
+	u32 next;
 
 	do {
 		if (!(value & COIOMMU_TU_COUNT))
 			return false;
-	} while (!atomic_try_cmpxchg(unit, &value, value - 1));
+		next = value - 1;
+		if (unlikely(next & COIOMMU_TU_WRITABLE)) {
+			if (written)
+				next |= COIOMMU_TU_DIRTY;
+			if (!(next & COIOMMU_TU_COUNT))
+				next &= ~COIOMMU_TU_WRITABLE;
+		}
+	} while (!atomic_try_cmpxchg(unit, &value, next));
 	return true;
 }
 
@@ -63,24 +73,30 @@ static inline bool put_unit(atomic_t *unit)
  * coiommu_dtt_get - count a mapping up in the units of @nr frames
  * @gfn: first frame
  * @nr: how many
+ * @write: the device may write them
  * @ask: set to true if a frame is not pinned, else left alone
  *
- * On failure no unit has changed, except for A.
+ * On failure no unit has changed, except for A and, in frames that are mapped
+ * otherwise too, W.
  *
  * ORDERING: COUNT goes up first (fully ordered RMW); P is then tested in the
  * value which that RMW read.
  * PAIRS WITH: the host's claimForUnpin in src/tracking, one CAS of the whole
  * word: if it comes first, P is clear here and the frame is asked for; if it
  * comes second, it sees COUNT != 0 and fails. abi.md section 2.
+ *
+ * ORDERING: whether W is wanted is read after COUNT went up.
+ * PAIRS WITH: coiommu_dtt_mark_writable(), table.c: either this sees that it is,
+ * or who turned it on sees COUNT and sets W.
  */
-int coiommu_dtt_get(u64 gfn, u64 nr, bool *ask)
+int coiommu_dtt_get(u64 gfn, u64 nr, bool write, bool *ask)
 {
 	atomic_t *unit = NULL;
 	u64 i;
 	int ret;
 
 	for (i = 0; i < nr; i++) {
-		u32 value;
+		u32 value, marks = COIOMMU_TU_ACCESSED;
 
 		unit = next_unit(unit, gfn + i);
 		if (unlikely(!unit)) {
@@ -90,32 +106,37 @@ int coiommu_dtt_get(u64 gfn, u64 nr, bool *ask)
 		}
 		value = atomic_inc_return(unit);
 		if (unlikely((value & COIOMMU_TU_COUNT) > coiommu_dtt.count_max)) {
-			put_unit(unit);
+			put_unit(unit, false);
 			coiommu_count(saturated);
 			ret = -EOVERFLOW;
 			goto undo;
 		}
-		/* Only a hint for the host's ageing; COUNT protects the frame. */
-		if (!(value & COIOMMU_TU_ACCESSED))
-			atomic_or(COIOMMU_TU_ACCESSED, unit);
+		if (write && READ_ONCE(coiommu_dtt.marks_writable))
+			marks |= COIOMMU_TU_WRITABLE;
+		/* A is only a hint for the host's ageing; COUNT protects the frame. */
+		if ((value & marks) != marks)
+			atomic_or(marks, unit);
 		if (!(value & COIOMMU_TU_PINNED))
 			*ask = true;
 	}
 	return 0;
 undo:
-	coiommu_dtt_put(gfn, i);
+	coiommu_dtt_put(gfn, i, false);
 	return ret;
 }
 
-/* Count a mapping down in the units of @nr frames; returns how many had one. */
-u64 coiommu_dtt_put(u64 gfn, u64 nr)
+/*
+ * Count a mapping down in the units of @nr frames; returns how many had one.
+ * @written: the device had the address, and might write.
+ */
+u64 coiommu_dtt_put(u64 gfn, u64 nr, bool written)
 {
 	atomic_t *unit = NULL;
 	u64 i, done = 0;
 
 	for (i = 0; i < nr; i++) {
 		unit = next_unit(unit, gfn + i);
-		if (likely(unit && put_unit(unit))) {
+		if (likely(unit && put_unit(unit, written))) {
 			done++;
 			continue;
 		}

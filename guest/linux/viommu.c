@@ -110,7 +110,8 @@ static int ensure_bypass(struct virtio_device *vdev)
 /*
  * What has been mapped since before an earlier device was removed has lost its
  * P, and the host may have unpinned it: see viommu_remove(). Any endpoint will
- * do. Each frame is counted up for the time, so that its P stays once set.
+ * do. Each frame is counted up for the time, so that its P stays once set; as if
+ * its device could write, because it may have been mapped without PIN_DIRTY.
  */
 static int pin_live_frames(const u64 *gfns, unsigned int nr, void *endpoint)
 {
@@ -120,7 +121,7 @@ static int pin_live_frames(const u64 *gfns, unsigned int nr, void *endpoint)
 	int ret = 0;
 
 	for (counted = 0; counted < nr && !ret; counted++)
-		ret = coiommu_dtt_get(gfns[counted], 1, &ask);
+		ret = coiommu_dtt_get(gfns[counted], 1, true, &ask);
 	if (ret) {
 		counted--;
 	} else if (ask) {
@@ -130,7 +131,7 @@ static int pin_live_frames(const u64 *gfns, unsigned int nr, void *endpoint)
 		ret = coiommu_pin_end(&pin);
 	}
 	for (i = 0; i < counted; i++)
-		coiommu_dtt_put(gfns[i], 1);
+		coiommu_dtt_put(gfns[i], 1, true);
 	return ret;
 }
 
@@ -176,6 +177,7 @@ static int activate(struct virtio_device *vdev)
 		dev_err(&vdev->dev, "no tracking table (%d)\n", ret);
 		return ret;
 	}
+	coiommu_dtt_mark_writable(virtio_has_feature(vdev, VIRTIO_IOMMU_F_PIN_DIRTY));
 	ret = coiommu_hooks_begin(viommu.assigned, vdev->dev.parent);
 	if (!ret)
 		ret = turn_pin_on(vdev);
@@ -316,6 +318,7 @@ static const unsigned int features[] = {
 	VIRTIO_IOMMU_F_BYPASS,
 	VIRTIO_IOMMU_F_BYPASS_CONFIG,
 	VIRTIO_IOMMU_F_PIN_PAGE,
+	VIRTIO_IOMMU_F_PIN_DIRTY,
 };
 
 static const struct virtio_device_id ids[] = {

@@ -5,8 +5,10 @@ import { DriverInTypeScript, type Parts } from "../../test/support/driver-in-typ
 import { firstDifference } from "../../test/support/run-driver-case.ts";
 import { CASES } from "../../test/vectors/driver-cases.ts";
 import type { Bdf } from "../base/units.ts";
+import type { GuestMemory } from "../memory/guest-memory.ts";
+import { TU_WRITABLE } from "../wire/dtt.ts";
 import { type FrameRange, PinRequests, type PinRequestsOptions } from "./pin-requests.ts";
-import { TrackingUnits } from "./units.ts";
+import { NO_UNIT, TrackingUnits } from "./units.ts";
 
 for (const tested of CASES)
   test(`driver case: ${tested.name}`, async () =>
@@ -18,13 +20,53 @@ class NeverUncounts extends TrackingUnits {
   }
 }
 class KeepsNoRoomForCpus extends TrackingUnits {
-  constructor(...[memory, table]: ConstructorParameters<typeof TrackingUnits>) {
-    super(memory, table, 0);
+  constructor(...[memory, table, , marksDirty]: ConstructorParameters<typeof TrackingUnits>) {
+    super(memory, table, 0, marksDirty);
+  }
+}
+class MarksAlways extends TrackingUnits {
+  constructor(...[memory, table, cpus]: ConstructorParameters<typeof TrackingUnits>) {
+    super(memory, table, cpus, true);
+  }
+}
+class MarksNever extends TrackingUnits {
+  constructor(...[memory, table, cpus]: ConstructorParameters<typeof TrackingUnits>) {
+    super(memory, table, cpus, false);
+  }
+}
+class TakesAllForWritable extends TrackingUnits {
+  override get(gfn: number, nr: number) {
+    return super.get(gfn, nr);
+  }
+}
+class TakesAllForWritten extends TrackingUnits {
+  override put(gfn: number, nr: number) {
+    return super.put(gfn, nr);
+  }
+}
+class TakesNoneForWritten extends TrackingUnits {
+  override put(gfn: number, nr: number) {
+    return super.put(gfn, nr, false);
+  }
+}
+/** Leaves W to the next map. */
+class LeavesW extends TrackingUnits {
+  readonly #memory: GuestMemory;
+  constructor(...args: ConstructorParameters<typeof TrackingUnits>) {
+    super(...args);
+    this.#memory = args[0];
+  }
+  override put(gfn: number, nr: number, written?: boolean) {
+    const units = Array.from({ length: nr }, (_, i) => this.find(gfn + i)).filter((unit) => unit !== NO_UNIT);
+    const had = units.filter((unit) => this.#memory.load32(unit) & TU_WRITABLE);
+    const done = super.put(gfn, nr, written);
+    for (const unit of had) this.#memory.or32(unit, TU_WRITABLE);
+    return done;
   }
 }
 class CountsWhatIsPinned extends TrackingUnits {
-  override get(gfn: number, nr: number) {
-    return this.pinned(gfn) ? super.get(gfn, nr) : "ask";
+  override get(gfn: number, nr: number, write?: boolean) {
+    return this.pinned(gfn) ? super.get(gfn, nr, write) : "ask";
   }
 }
 class CountsWhenAnswered extends PinRequests {
@@ -59,6 +101,12 @@ class ForgetsLost extends PinRequests {
 const TWINS: Readonly<Record<string, Partial<Parts>>> = {
   "never counts down": { Units: NeverUncounts },
   "keeps no room in COUNT for other CPUs": { Units: KeepsNoRoomForCpus },
+  "sets W without PIN_DIRTY": { Units: MarksAlways },
+  "sets no W with PIN_DIRTY": { Units: MarksNever },
+  "sets W where the device only reads": { Units: TakesAllForWritable },
+  "sets D where the device only reads, or was told nothing": { Units: TakesAllForWritten },
+  "sets no D": { Units: TakesNoneForWritten },
+  "leaves W without a mapping": { Units: LeavesW },
   "asks before it counts": { Units: CountsWhatIsPinned, Requests: CountsWhenAnswered },
   "asks frame by frame": { Requests: AsksFrameByFrame },
   "asks for more ranges than the device takes": { Requests: IgnoresTheBatchLimit },

@@ -85,7 +85,7 @@ export class TrackedDma implements DmaApi {
   mapSingle(gpa: Gpa, length: number, direction: DmaDirection): Iova {
     const iova = this.#direct.mapSingle(gpa, length, direction);
     try {
-      this.#track(iova, length);
+      this.#track(iova, length, direction);
     } catch (error) {
       this.#direct.unmapSingle(iova, length, direction);
       throw error;
@@ -94,14 +94,14 @@ export class TrackedDma implements DmaApi {
   }
 
   unmapSingle(iova: Iova, length: number, direction: DmaDirection): void {
-    this.#untrack(iova, length);
+    this.#untrack(iova, length, direction);
     this.#direct.unmapSingle(iova, length, direction);
   }
 
   mapSg(list: readonly DmaBuffer[], direction: DmaDirection): DmaSegment[] {
     const segments = this.#direct.mapSg(list, direction);
     try {
-      this.#trackSg(segments);
+      this.#trackSg(segments, direction);
     } catch (error) {
       this.#direct.unmapSg(segments, direction);
       throw error;
@@ -110,7 +110,7 @@ export class TrackedDma implements DmaApi {
   }
 
   unmapSg(list: readonly DmaSegment[], direction: DmaDirection): void {
-    const done = this.#putSg(list, list.length);
+    const done = this.#putSg(list, list.length, writes(direction));
     this.#counters.unmap++;
     this.#counters.framesUnmapped += done;
     this.#direct.unmapSg(list, direction);
@@ -119,7 +119,7 @@ export class TrackedDma implements DmaApi {
   allocCoherent(length: number): { gpa: Gpa; iova: Iova } {
     const memory = this.#direct.allocCoherent(length);
     try {
-      this.#track(memory.iova, wholeFrames(length));
+      this.#track(memory.iova, wholeFrames(length), "bidirectional");
     } catch (error) {
       this.#direct.freeCoherent(memory.gpa, memory.iova, length);
       throw error;
@@ -129,7 +129,7 @@ export class TrackedDma implements DmaApi {
   }
 
   freeCoherent(gpa: Gpa, iova: Iova, length: number): void {
-    this.#untrack(iova, wholeFrames(length));
+    this.#untrack(iova, wholeFrames(length), "bidirectional");
     this.#counters.free++;
     this.#direct.freeCoherent(gpa, iova, length);
   }
@@ -144,15 +144,15 @@ export class TrackedDma implements DmaApi {
     this.#direct.syncForDevice(iova, length, direction);
   }
 
-  #track(iova: number, length: number): void {
+  #track(iova: number, length: number, direction: DmaDirection): void {
     const gfn = gfnOf(iova);
     const nr = nrFrames(iova, length);
-    const found = this.#units.get(gfn, nr);
+    const found = this.#units.get(gfn, nr, writes(direction));
     if (found === "ask") {
       try {
         this.#requests.pin(this.#endpoint, [[gfn, nr]]);
       } catch (error) {
-        this.#put(gfn, nr);
+        this.#put(gfn, nr, false);
         throw this.#failed(error);
       }
     } else if (found !== "pinned") throw this.#failed(new DmaMapFailed(found));
@@ -160,14 +160,14 @@ export class TrackedDma implements DmaApi {
     this.#counters.framesMapped += nr;
   }
 
-  #trackSg(list: readonly DmaSegment[]): void {
+  #trackSg(list: readonly DmaSegment[], direction: DmaDirection): void {
     let asking = false;
     let frames = 0;
     for (const [i, { iova, length }] of list.entries()) {
       const nr = nrFrames(iova, length);
-      const found = this.#units.get(gfnOf(iova), nr);
+      const found = this.#units.get(gfnOf(iova), nr, writes(direction));
       if (found === "no-unit" || found === "saturated") {
-        this.#putSg(list, i);
+        this.#putSg(list, i, false);
         throw this.#failed(new DmaMapFailed(found));
       }
       asking ||= found === "ask";
@@ -177,30 +177,31 @@ export class TrackedDma implements DmaApi {
       try {
         this.#requests.pin(this.#endpoint, list.map(rangeOf));
       } catch (error) {
-        this.#putSg(list, list.length);
+        this.#putSg(list, list.length, false);
         throw this.#failed(error);
       }
     this.#counters.map++;
     this.#counters.framesMapped += frames;
   }
 
-  #untrack(iova: number, length: number): void {
-    const done = this.#put(gfnOf(iova), nrFrames(iova, length));
+  #untrack(iova: number, length: number, direction: DmaDirection): void {
+    const done = this.#put(gfnOf(iova), nrFrames(iova, length), writes(direction));
     this.#counters.unmap++;
     this.#counters.framesUnmapped += done;
   }
 
-  #putSg(list: readonly DmaSegment[], count: number): number {
+  /** `written`: the device had the addresses, and might write. */
+  #putSg(list: readonly DmaSegment[], count: number, written: boolean): number {
     let done = 0;
     for (let i = 0; i < count; i++) {
       const [gfn, nr] = rangeOf(list[i]!);
-      done += this.#put(gfn, nr);
+      done += this.#put(gfn, nr, written);
     }
     return done;
   }
 
-  #put(gfn: number, nr: number): number {
-    const done = this.#units.put(gfn, nr);
+  #put(gfn: number, nr: number, written: boolean): number {
+    const done = this.#units.put(gfn, nr, written);
     this.#counters.underflow += nr - done;
     return done;
   }
@@ -216,5 +217,6 @@ export class TrackedDma implements DmaApi {
   }
 }
 
+const writes = (direction: DmaDirection): boolean => direction !== "to-device";
 const wholeFrames = (length: number): number => nrFrames(0, length) * FRAME_SIZE;
 const rangeOf = ({ iova, length }: DmaSegment): FrameRange => [gfnOf(iova), nrFrames(iova, length)];

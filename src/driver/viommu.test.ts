@@ -6,7 +6,7 @@ import type { Bdf, Gfn, Gpa } from "../base/units.ts";
 import { counters, countersBuffer } from "../memory/counters.ts";
 import { VirtioIommu } from "../virtio/iommu.ts";
 import { VirtioPciFunction } from "../virtio/pci.ts";
-import { TU_ACCESSED as A, TU_PINNED as P } from "../wire/dtt.ts";
+import { TU_ACCESSED as A, TU_DIRTY as D, TU_PINNED as P, TU_WRITABLE as W } from "../wire/dtt.ts";
 import { DRIVER_COUNTERS } from "./counters.ts";
 import type { Cpu } from "./cpu.ts";
 import { DirectDma } from "./dma.ts";
@@ -19,7 +19,7 @@ const endpoint = DISK as Bdf;
 const POOL = { first: 1024 as Gfn, frames: 512 };
 
 /** A guest on one CPU, its driver active over the real device and tracker, and a fake host. */
-function guest(options: Parameters<typeof machine>[0] = {}) {
+function guest(options: Parameters<typeof machine>[0] = {}, driverOptions: Partial<DriverCpu> = {}) {
   const m = machine(options);
   const device = new VirtioIommu({
     memory: m.memory,
@@ -32,7 +32,7 @@ function guest(options: Parameters<typeof machine>[0] = {}) {
   // The device answers within the kick, so whoever still waits waits for ever.
   const cpu: Cpu = { waitFor: (done) => done() };
   const count = counters(DRIVER_COUNTERS, countersBuffer(DRIVER_COUNTERS));
-  const on: DriverCpu = { memory: m.memory, pciFunction, cpu, counters: count };
+  const on: DriverCpu = { memory: m.memory, pciFunction, cpu, counters: count, ...driverOptions };
   const pages = new FramePool(m.memory, POOL.first, POOL.frames);
   const driver = GuestDriver.activate(on, pages, 1);
   const direct = new DirectDma(pages);
@@ -78,7 +78,8 @@ test("the driver finds the assigned functions and turns PIN on", () => {
 test("a map pins what is not pinned, an unmap does not ask, two idle passes unpin", () => {
   const g = guest();
   const iova = g.dma.mapSingle(gpa(5, 4000), 200, "from-device");
-  assert.deepEqual([word(g, 5), word(g, 6), ...g.held(5, 6, 7)], [P + A + 1, P + A + 1, true, true, false]);
+  assert.deepEqual([word(g, 5), word(g, 6)], [P + A + W + 1, P + A + W + 1]);
+  assert.deepEqual(g.held(5, 6, 7), [true, true, false]);
   const again = g.dma.mapSingle(gpa(5), 4096, "to-device");
   assert.equal(g.driverCounters.pinRequests, 1, "the second map finds P set");
   g.dma.unmapSingle(again, 4096, "to-device");
@@ -179,4 +180,50 @@ test("an endpoint that is not assigned is refused", () => {
     "refused",
   );
   assert.deepEqual(g.held(5), [false]);
+});
+
+/** First frame and number, in pairs. */
+const harvest = (g: ReturnType<typeof guest>): number[] => [...g.tracker.dirty.harvest().ranges];
+
+test("the host learns which frames devices may have written, and which they only read", () => {
+  const g = guest();
+  g.tracker.dirty.start();
+  const written = g.dma.mapSingle(gpa(5), 4096, "from-device");
+  const read = g.dma.mapSingle(gpa(6), 4096, "to-device");
+  const { iova } = g.dma.allocCoherent(4096);
+  const coherent = iova / 4096;
+  assert.deepEqual([word(g, 5), word(g, 6), word(g, coherent)], [P + A + W + 1, P + A + 1, P + A + W + 1]);
+  assert.deepEqual(harvest(g).sort(), [5, 1, coherent, 1].sort());
+  g.dma.unmapSingle(written, 4096, "from-device");
+  g.dma.unmapSingle(read, 4096, "to-device");
+  g.dma.freeCoherent(iova as number as Gpa, iova, 4096);
+  assert.deepEqual([word(g, 5), word(g, 6)], [P + A + D, P + A]);
+  assert.deepEqual(harvest(g).sort(), [5, 1, coherent, 1].sort());
+  assert.deepEqual(harvest(g), []);
+  passes(g, 2);
+  assert.deepEqual([g.held(5, 6), harvest(g)], [[false, false], []]);
+});
+
+test("an old driver sets neither D nor W", () => {
+  const g = guest({}, { knowsPinDirty: false });
+  const iova = g.dma.mapSingle(gpa(5), 4096, "from-device");
+  assert.equal(word(g, 5), P + A + 1);
+  g.dma.unmapSingle(iova, 4096, "from-device");
+  assert.equal(word(g, 5), P + A);
+});
+
+test("a table that is taken up again: what is mapped may be written", () => {
+  const g = guest();
+  g.tracker.dirty.start();
+  g.dma.mapSingle(gpa(5), 4096, "from-device");
+  g.driver.deactivate();
+  g.driver.reactivate(endpoint);
+  assert.equal(word(g, 5) & W, W);
+  assert.deepEqual(
+    [harvest(g), harvest(g)],
+    [
+      [5, 1],
+      [5, 1],
+    ],
+  );
 });

@@ -13,6 +13,7 @@ import {
   PIN_FLAG_COMPLETE,
   PIN_STATUS_ON,
   VIRTIO_IOMMU_F_BYPASS_CONFIG,
+  VIRTIO_IOMMU_F_PIN_DIRTY,
   VIRTIO_IOMMU_F_PIN_PAGE,
 } from "../wire/virtio-iommu.ts";
 import type { DriverCounters } from "./counters.ts";
@@ -26,7 +27,8 @@ import { TrackingUnits } from "./units.ts";
 import { VirtioPciDriver, type VirtioPciPlaces } from "./virtio-pci.ts";
 
 const bit = (feature: number): bigint => 1n << BigInt(feature);
-const WANTED = bit(VIRTIO_IOMMU_F_BYPASS_CONFIG) | bit(VIRTIO_IOMMU_F_PIN_PAGE);
+const NEEDED = bit(VIRTIO_IOMMU_F_BYPASS_CONFIG) | bit(VIRTIO_IOMMU_F_PIN_PAGE);
+const PIN_DIRTY = bit(VIRTIO_IOMMU_F_PIN_DIRTY);
 /** Frames pinned in one request when a table that is in use is taken up again. */
 const LIVE_BATCH = 32;
 
@@ -40,6 +42,8 @@ export interface DriverPlaces {
   readonly bitmap: Gpa;
   readonly rangesMax: number;
   readonly cpus: number;
+  /** PIN_DIRTY is negotiated. */
+  readonly marksDirty: boolean;
 }
 
 /** A guest CPU, as the driver runs on it. */
@@ -48,6 +52,8 @@ export interface DriverCpu {
   readonly pciFunction: PciFunction;
   readonly cpu: Cpu;
   readonly counters: DriverCounters;
+  /** False: an old driver, which does not know PIN_DIRTY. */
+  readonly knowsPinDirty?: boolean;
   /** The table's units; tests of the checkers put broken ones here. */
   readonly openUnits?: (...args: ConstructorParameters<typeof TrackingUnits>) => TrackingUnits;
 }
@@ -68,7 +74,7 @@ export class GuestDriver {
     this.#on = on;
     this.#pci = new VirtioPciDriver(on.pciFunction, places.pci);
     const { openUnits = (...args) => new TrackingUnits(...args) } = on;
-    this.#units = openUnits(on.memory, places.table, places.cpus);
+    this.#units = openUnits(on.memory, places.table, places.cpus, places.marksDirty);
     this.#requests = new PinRequests({
       ...on,
       units: this.#units,
@@ -87,7 +93,7 @@ export class GuestDriver {
       return gpa;
     };
     const pci = new VirtioPciDriver(on.pciFunction);
-    negotiate(pci);
+    const marksDirty = negotiate(pci, on);
     const queue = pci.setUpQueue((size) => layoutAt(allocate(layoutAt(0, size).bytes), size));
     const driver = new GuestDriver(on, {
       pci: pci.places,
@@ -97,6 +103,7 @@ export class GuestDriver {
       bitmap: allocate(ASSIGNED_BITMAP_SIZE),
       rangesMax: readConfig(pci, "pinBatchMax"),
       cpus,
+      marksDirty,
     });
     driver.#start();
     return driver;
@@ -135,7 +142,8 @@ export class GuestDriver {
   reactivate(endpoint: Bdf): void {
     const { queue } = this.places;
     this.#forgetPins();
-    negotiate(this.#pci);
+    if (negotiate(this.#pci, this.#on) !== this.places.marksDirty)
+      throw new ProtocolError("the device has changed its mind about PIN_DIRTY");
     this.#on.memory.write(queue.desc, new Uint8Array(layoutAt(queue.desc, queue.size).bytes));
     this.#pci.setUpQueue(() => queue);
     this.#start();
@@ -188,12 +196,15 @@ export class GuestDriver {
   }
 }
 
-function negotiate(pci: VirtioPciDriver): void {
-  if ((pci.negotiate(WANTED) & WANTED) !== WANTED)
+/** Whether with PIN_DIRTY. */
+function negotiate(pci: VirtioPciDriver, { knowsPinDirty = true }: DriverCpu): boolean {
+  const features = pci.negotiate(knowsPinDirty ? NEEDED | PIN_DIRTY : NEEDED);
+  if ((features & NEEDED) !== NEEDED)
     throw new ProtocolError("the virtio-iommu has no PIN_PAGE, or no bypass: not a coIOMMU");
   // What the table tracks are guest-physical addresses.
   if (readConfig(pci, "bypass") !== 1) writeConfig(pci, "bypass", 1);
   if (readConfig(pci, "bypass") !== 1) throw new ProtocolError("the device does not let endpoints bypass");
+  return (features & PIN_DIRTY) !== 0n;
 }
 
 type ConfigField = keyof typeof Config.fields;

@@ -13,12 +13,14 @@ import {
   NEGOTIATED,
   NIC,
   OK,
+  PIN_DIRTY,
   PIN_PAGE,
   PROBE,
   UNSUPP,
   VERSION_1,
   viommu,
 } from "../../test/support/viommu.ts";
+import { TU_PINNED, TU_WRITABLE } from "../wire/dtt.ts";
 import { VirtioPciCommonCfg } from "../wire/pci.ts";
 import {
   Config,
@@ -31,8 +33,8 @@ import { VirtioPciFunction } from "./pci.ts";
 
 // --- features and configuration -------------------------------------------------------------------------------------
 
-test("the offered features are VERSION_1, PROBE, BYPASS_CONFIG and, when wanted, PIN_PAGE", () => {
-  assert.equal(viommu().device.features, NEGOTIATED);
+test("the offered features are VERSION_1, PROBE, BYPASS_CONFIG and, when wanted, PIN_PAGE and PIN_DIRTY", () => {
+  assert.equal(viommu().device.features, NEGOTIATED | PIN_DIRTY);
   assert.equal(viommu({ pinPage: false }).device.features, NEGOTIATED & ~PIN_PAGE);
 });
 
@@ -42,8 +44,11 @@ for (const [features, ok] of [
   [VERSION_1 | BYPASS | PIN_PAGE, true],
   [VERSION_1 | PIN_PAGE, false],
   [VERSION_1 | PROBE | PIN_PAGE, false],
+  [VERSION_1 | BYPASS_CONFIG | PIN_PAGE | PIN_DIRTY, true],
+  [VERSION_1 | PIN_PAGE | PIN_DIRTY, false],
+  [VERSION_1 | BYPASS_CONFIG | PIN_DIRTY, false],
 ] as const)
-  test(`features 0x${features.toString(16)} are ${ok ? "accepted" : "refused: PIN_PAGE needs a bypass feature"}`, () =>
+  test(`features 0x${features.toString(16)} are ${ok ? "accepted" : "refused: PIN_PAGE needs a bypass feature, and PIN_DIRTY needs it"}`, () =>
     assert.equal(viommu().device.accepts(features), ok));
 
 test("the configuration at reset: bypass, 4 KiB pages, all addresses, room for PROBE, the limits of PIN", () => {
@@ -278,3 +283,17 @@ test("a machine reset releases the pins, and what the host refuses then is told"
   assert.deepEqual([r.tracker.life, r.tracker.pinned, r.held(1)], ["undecided", 0, [false]]);
   assert.deepEqual(r.hostErrors, []);
 });
+
+for (const [what, features, dirty] of [
+  ["with PIN_DIRTY, D and W tell what devices may have written", NEGOTIATED | PIN_DIRTY, [6, 1]],
+  ["without PIN_DIRTY, they tell nothing", NEGOTIATED, [5, 2]],
+] as const)
+  test(what, () => {
+    const r = viommu();
+    assert.equal(r.on({ features }), 1);
+    r.tracker.dirty.start();
+    assert.equal(r.map(5, 6), 0);
+    r.table.set(6, TU_PINNED + TU_WRITABLE + 1);
+    const { ranges } = r.tracker.dirty.harvest();
+    assert.deepEqual([...ranges], dirty);
+  });

@@ -25,6 +25,7 @@ import {
   VIRTIO_ID_IOMMU,
   VIRTIO_IOMMU_F_BYPASS,
   VIRTIO_IOMMU_F_BYPASS_CONFIG,
+  VIRTIO_IOMMU_F_PIN_DIRTY,
   VIRTIO_IOMMU_F_PIN_PAGE,
   VIRTIO_IOMMU_F_PROBE,
   VIRTIO_IOMMU_PROBE_T_RESV_MEM,
@@ -93,14 +94,15 @@ export class VirtioIommu implements VirtioDevice {
       bit(VIRTIO_F_VERSION_1) |
       bit(VIRTIO_IOMMU_F_PROBE) |
       bit(VIRTIO_IOMMU_F_BYPASS_CONFIG) |
-      (options.pinPage ? bit(VIRTIO_IOMMU_F_PIN_PAGE) : 0n);
+      (options.pinPage ? bit(VIRTIO_IOMMU_F_PIN_PAGE) | bit(VIRTIO_IOMMU_F_PIN_DIRTY) : 0n);
     this.#resetConfig();
   }
 
   accepts(features: bigint): boolean {
     // abi.md section 3: "A driver that accepts 16 without 3 or 6 gets no FEATURES_OK."
     const bypass = has(features, VIRTIO_IOMMU_F_BYPASS) || has(features, VIRTIO_IOMMU_F_BYPASS_CONFIG);
-    return bypass || !has(features, VIRTIO_IOMMU_F_PIN_PAGE);
+    const pinPage = has(features, VIRTIO_IOMMU_F_PIN_PAGE);
+    return pinPage ? bypass : !has(features, VIRTIO_IOMMU_F_PIN_DIRTY);
   }
 
   start(features: bigint): void {
@@ -186,7 +188,9 @@ export class VirtioIommu implements VirtioDevice {
   #activate(): boolean {
     const { assignedBitmap, dttRoot, dttLevels, pinFlags } = Config.read(this.#config);
     if (pinFlags & ~PIN_FLAG_COMPLETE || !this.#fillBitmap(assignedBitmap)) return false;
-    return this.#o.tracker.activate(dttRoot, dttLevels, (pinFlags & PIN_FLAG_COMPLETE) !== 0);
+    const complete = (pinFlags & PIN_FLAG_COMPLETE) !== 0;
+    const marksDirty = has(this.#negotiated, VIRTIO_IOMMU_F_PIN_DIRTY);
+    return this.#o.tracker.activate(dttRoot, dttLevels, complete, marksDirty);
   }
 
   #resetConfig(): void {

@@ -79,7 +79,7 @@ static void map(struct mapping *m)
 
 	m->gfn = FIRST + next(FRAMES - FRAMES_PER_MAP_MAX);
 	m->frames = 1 + next(FRAMES_PER_MAP_MAX);
-	if (coiommu_dtt_get(m->gfn, m->frames, &asking)) {
+	if (coiommu_dtt_get(m->gfn, m->frames, true, &asking)) {
 		totals.failed++;
 		m->frames = 0;
 		return;
@@ -99,7 +99,7 @@ static void unmap(struct mapping *m)
 
 	for (i = 0; i < m->frames; i++)
 		totals.lost += held(m->gfn + i) != m->held[i];
-	totals.unmapped += coiommu_dtt_put(m->gfn, m->frames);
+	totals.unmapped += coiommu_dtt_put(m->gfn, m->frames, true);
 	m->frames = 0;
 }
 

@@ -117,13 +117,13 @@ export class DriverInTypeScript implements DriverUnderTest {
     this.#parts = parts;
   }
 
-  reset(batchMax: number, frames: readonly number[]): void {
+  reset(batchMax: number, frames: readonly number[], pinDirty: boolean): void {
     const regions = [ramRegion(0, LOW_FRAMES), ramRegion(LAST_LEAF * FRAME_SIZE, LEAF_FRAMES)];
     const memory = new GuestMemory(regions);
     const pages = new FramePool(memory, POOL.first, POOL.frames);
     const table = buildTable(memory, pages);
     const queue = layoutAt(pages.allocate(1)!, 8);
-    const units = new this.#parts.Units(memory, table, MACHINE.cpus);
+    const units = new this.#parts.Units(memory, table, MACHINE.cpus, pinDirty);
     const tracking = new DmaTrackingTable(memory, table.root, table.levels);
     const host = new ScriptedHost(
       memory,
@@ -168,25 +168,25 @@ export class DriverInTypeScript implements DriverUnderTest {
     return { result, requests: this.#host.seen };
   }
 
-  unmap({ kind, pieces }: Buffers): UnmapOutcome {
+  unmap({ kind, pieces, direction = "bidirectional" }: Buffers): UnmapOutcome {
     const before = { ...this.#counters };
     const list = pieces.map(([gfn, offset, length]) => ({
       iova: (gfn * FRAME_SIZE + offset) as Iova,
       length,
     }));
-    if (kind === "sg") this.#dma.unmapSg(list, "bidirectional");
-    else this.#dma.unmapSingle(list[0]!.iova, list[0]!.length, "bidirectional");
+    if (kind === "sg") this.#dma.unmapSg(list, direction);
+    else this.#dma.unmapSingle(list[0]!.iova, list[0]!.length, direction);
     return {
       counted: this.#counters.framesUnmapped - before.framesUnmapped,
       reported: this.#counters.underflow - before.underflow,
     };
   }
 
-  #map({ kind, pieces }: Buffers): string {
+  #map({ kind, pieces, direction = "bidirectional" }: Buffers): string {
     const list = pieces.map(([gfn, offset, length]) => ({ gpa: (gfn * FRAME_SIZE + offset) as Gpa, length }));
     try {
-      if (kind === "sg") this.#dma.mapSg(list, "bidirectional");
-      else this.#dma.mapSingle(list[0]!.gpa, list[0]!.length, "bidirectional");
+      if (kind === "sg") this.#dma.mapSg(list, direction);
+      else this.#dma.mapSingle(list[0]!.gpa, list[0]!.length, direction);
       return "mapped";
     } catch (error) {
       if (!(error instanceof DmaMapFailed)) throw error;

@@ -22,7 +22,21 @@ const STEPS = 16;
 /** Where buffers begin. Few, so that they meet: within a leaf, across two, and at the end of the table. */
 const FRAMES = [98, 99, 100, 101, 102, 103, 104, 105, 1022, 1023, 1024, 1025, 0x1_fffe, 0x1_ffff, 0x2_0000];
 const LAST = 0x1_ffff;
-const WORDS = ["", "P", "A", "P A", "P 1", "A 2", "P A 3", "P A max-1", "A max-1", "P max"];
+const WORDS = [
+  "",
+  "P",
+  "A",
+  "P A",
+  "P 1",
+  "A 2",
+  "P A 3",
+  "P A max-1",
+  "A max-1",
+  "P max",
+  "P W 1",
+  "P A D W 2",
+];
+const DIRECTIONS = ["bidirectional", "to-device", "from-device"] as const;
 const FAILURES: readonly Answer[] = ["IOERR", "NOMEM", "FAULT", 0x55, "unwritten", "silence"];
 /** As many requests as a list of PIECES buffers can need: two of its three frames, with P between. */
 const ANSWERS = 8;
@@ -34,11 +48,12 @@ const LENGTHS = [0, 1, 4096, 4097, 8192];
 export async function randomCase(driver: DriverUnderTest, seed: number): Promise<Case> {
   const below = random(seed);
   const batchMax = 1 + below(3);
-  await driver.reset(batchMax, [...new Set(FRAMES.flatMap((gfn) => [gfn, gfn + 1, gfn + 2]))]);
+  const pinDirty = below(2) === 0;
+  await driver.reset(batchMax, [...new Set(FRAMES.flatMap((gfn) => [gfn, gfn + 1, gfn + 2]))], pinDirty);
   const recorder = new Recorder(driver, below);
   const steps: Step[] = [];
   while (steps.length < STEPS) steps.push(await recorder.step());
-  return { name: `random case ${seed}`, section: "2 and 3", batchMax, steps };
+  return { name: `random case ${seed}`, section: "2 and 3", batchMax, pinDirty, steps };
 }
 
 class Recorder {
@@ -107,8 +122,9 @@ class Recorder {
 
   #buffers(): Buffers {
     const piece = (): Piece => [this.#pick(FRAMES), this.#pick([0, 0, 1, 4095]), this.#pick(LENGTHS)];
-    if (this.#below(2)) return { kind: "single", pieces: [piece()] };
-    return { kind: "sg", pieces: Array.from({ length: 1 + this.#below(PIECES) }, piece) };
+    const direction = this.#pick(DIRECTIONS);
+    if (this.#below(2)) return { kind: "single", direction, pieces: [piece()] };
+    return { kind: "sg", direction, pieces: Array.from({ length: 1 + this.#below(PIECES) }, piece) };
   }
 
   /** Mostly what a host must do; it may also pin too little or too much. */

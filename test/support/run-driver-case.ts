@@ -47,8 +47,11 @@ type Awaitable<T> = T | Promise<T>;
 
 /** A driver for the guest MACHINE, whose host is a script. Calls are carried out in their order, awaited or not. */
 export interface DriverUnderTest {
-  /** An empty table, and a device that is on and accepts `batchMax` ranges; `frames`: whose units are looked at. */
-  reset(batchMax: number, frames: readonly number[]): Awaitable<void>;
+  /**
+   * An empty table, and a device that is on, accepts `batchMax` ranges and may have PIN_DIRTY; `frames`: whose units are
+   * looked at.
+   */
+  reset(batchMax: number, frames: readonly number[], pinDirty: boolean): Awaitable<void>;
   setUnit(gfn: number, word: number): Awaitable<void>;
   /** Of the frames given to reset(); those that have none, or 0, may be left out. */
   units(): Awaitable<UnitWords>;
@@ -64,7 +67,7 @@ export interface DriverUnderTest {
 export async function firstDifference(driver: DriverUnderTest, tested: Case): Promise<string | undefined> {
   // No step waits for the one before, so that a driver far away can take them all at once.
   const [, ...differences] = await Promise.all([
-    driver.reset(tested.batchMax ?? BATCH_MAX, watched(tested)),
+    driver.reset(tested.batchMax ?? BATCH_MAX, watched(tested), tested.pinDirty ?? false),
     ...tested.steps.map((step) => runStep(driver, step)),
   ]);
   const at = differences.findIndex((difference) => difference !== undefined);

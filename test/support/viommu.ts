@@ -13,6 +13,7 @@ export const BYPASS = bit(3);
 export const PROBE = bit(4);
 export const BYPASS_CONFIG = bit(6);
 export const PIN_PAGE = bit(16);
+export const PIN_DIRTY = bit(17);
 export const VERSION_1 = bit(32);
 export const NEGOTIATED = VERSION_1 | PROBE | BYPASS_CONFIG | PIN_PAGE;
 

@@ -1,3 +1,5 @@
+import type { DmaDirection } from "../../src/driver/dma-api.ts";
+
 /** How test/vectors/driver-cases.ts is written, and what test/support/run-driver-case.ts reads. */
 
 /**
@@ -12,6 +14,8 @@ export type Piece = readonly [gfn: number, offset: number, length: number];
 export interface Buffers {
   readonly kind: "single" | "sg";
   readonly pieces: readonly Piece[];
+  /** "bidirectional" unless said otherwise. */
+  readonly direction?: DmaDirection;
 }
 
 export type StatusName = "IOERR" | "UNSUPP" | "DEVERR" | "INVAL" | "RANGE" | "NOENT" | "FAULT" | "NOMEM";
@@ -60,6 +64,8 @@ export interface Case {
   readonly section: string;
   /** pin_batch_max; 16 unless said otherwise. */
   readonly batchMax?: number;
+  /** The device has PIN_DIRTY. */
+  readonly pinDirty?: boolean;
   readonly steps: readonly Step[];
 }
 
@@ -71,6 +77,10 @@ export const sg = (...pieces: Piece[]): Buffers => ({ kind: "sg", pieces });
 export const frames = (gfn: number, count = 1): Buffers => single(gfn, 0, count * FRAME);
 /** A scatter list with an entry for each frame. */
 export const list = (...gfns: number[]): Buffers => sg(...gfns.map((gfn): Piece => [gfn, 0, FRAME]));
+
+/** That the device only reads, or only writes. */
+export const toDevice = (buffers: Buffers): Buffers => ({ ...buffers, direction: "to-device" });
+export const fromDevice = (buffers: Buffers): Buffers => ({ ...buffers, direction: "from-device" });
 
 /** Of a host that keeps to docs/abi.md: with OK, P is set in every frame that is asked for. */
 export const ask = (

@@ -16,6 +16,7 @@ import {
   single,
   unmap,
 } from "./driver-case.ts";
+import { DIRTY_CASES } from "./driver-cases-dirty.ts";
 
 /** The guest that the frames below are chosen for: its table has two levels. */
 export const MACHINE = { memoryMiB: 512, cpus: 2 } as const;
@@ -437,4 +438,5 @@ export const CASES: readonly Case[] = [
     section: UNMAP,
     steps: [set("100: P A 3"), unmap(list(100, 100), "100: P A 1"), unmap(list(100, 100), "100: P A", 1)],
   },
+  ...DIRTY_CASES,
 ];

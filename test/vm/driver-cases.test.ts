@@ -74,6 +74,11 @@ reset x
 reset 4294967296
 device
 device perhaps
+pin_dirty
+pin_dirty perhaps
+direction
+direction sideways
+direction to from
 units 1
 nonsense 1
 watch -1
@@ -124,9 +129,9 @@ const TWINS: readonly Twin[] = [
   {
     what: "asks before it counts",
     file: "dma_ops.c",
-    sound: "ret = coiommu_dtt_get(gfn, nr, &ask);",
+    sound: "ret = coiommu_dtt_get(gfn, nr, device_writes(dir), &ask);",
     broken:
-      "ret = TWIN && !coiommu_dtt_pinned(gfn) ? pin(hook, gfn, nr) : 0; if (!ret) ret = coiommu_dtt_get(gfn, nr, &ask);",
+      "ret = TWIN && !coiommu_dtt_pinned(gfn) ? pin(hook, gfn, nr) : 0; if (!ret) ret = coiommu_dtt_get(gfn, nr, device_writes(dir), &ask);",
   },
   {
     what: "counts a frame too many",
@@ -137,26 +142,26 @@ const TWINS: readonly Twin[] = [
   {
     what: "does not roll a list back",
     file: "dma_ops.c",
-    sound: "put_sg(hook, sgl, i);",
-    broken: "if (!TWIN) put_sg(hook, sgl, i);",
+    sound: "put_sg(hook, sgl, i, false);",
+    broken: "if (!TWIN) put_sg(hook, sgl, i, false);",
   },
   {
     what: "does not roll a buffer back that cannot be pinned",
     file: "dma_ops.c",
-    sound: "coiommu_dtt_put(gfn, nr);",
-    broken: "if (!TWIN) coiommu_dtt_put(gfn, nr);",
+    sound: "coiommu_dtt_put(gfn, nr, false);",
+    broken: "if (!TWIN) coiommu_dtt_put(gfn, nr, false);",
   },
   {
     what: "does not roll a buffer back that cannot be counted",
     file: "units.c",
-    sound: "coiommu_dtt_put(gfn, i);",
-    broken: "if (!TWIN) coiommu_dtt_put(gfn, i);",
+    sound: "coiommu_dtt_put(gfn, i, false);",
+    broken: "if (!TWIN) coiommu_dtt_put(gfn, i, false);",
   },
   {
     what: "leaves COUNT beyond its limit",
     file: "units.c",
-    sound: "\t\t\tput_unit(unit);",
-    broken: "if (!TWIN) put_unit(unit);",
+    sound: "\t\t\tput_unit(unit, false);",
+    broken: "if (!TWIN) put_unit(unit, false);",
   },
   {
     what: "borrows from the flags",
@@ -167,8 +172,63 @@ const TWINS: readonly Twin[] = [
   {
     what: "does not set A",
     file: "units.c",
-    sound: "if (!(value & COIOMMU_TU_ACCESSED))",
-    broken: "if (!TWIN && !(value & COIOMMU_TU_ACCESSED))",
+    sound: "marks = COIOMMU_TU_ACCESSED;",
+    broken: "marks = TWIN ? 0 : COIOMMU_TU_ACCESSED;",
+  },
+  {
+    what: "does not set W",
+    file: "units.c",
+    sound: "marks |= COIOMMU_TU_WRITABLE;",
+    broken: "marks |= TWIN ? 0 : COIOMMU_TU_WRITABLE;",
+  },
+  {
+    what: "sets W without PIN_DIRTY",
+    file: "units.c",
+    sound: "READ_ONCE(coiommu_dtt.marks_writable)",
+    broken: "(TWIN || READ_ONCE(coiommu_dtt.marks_writable))",
+  },
+  {
+    what: "takes every mapping for writable",
+    file: "dma_ops.c",
+    sound: "return dir != DMA_TO_DEVICE;",
+    broken: "return TWIN || dir != DMA_TO_DEVICE;",
+  },
+  {
+    what: "takes a mapping that the device only writes for one that it only reads",
+    file: "dma_ops.c",
+    sound: "bool device_writes(enum dma_data_direction dir)\n{\n",
+    broken:
+      "bool device_writes(enum dma_data_direction dir)\n{\n\tif (TWIN && dir == DMA_FROM_DEVICE)\n\t\treturn false;\n",
+  },
+  {
+    what: "does not set D",
+    file: "units.c",
+    sound: "next |= COIOMMU_TU_DIRTY;",
+    broken: "next |= TWIN ? 0 : COIOMMU_TU_DIRTY;",
+  },
+  {
+    what: "sets D only when the last mapping goes",
+    file: "units.c",
+    sound: "if (written)",
+    broken: "if (written && !(TWIN && (next & COIOMMU_TU_COUNT)))",
+  },
+  {
+    what: "leaves W without a mapping",
+    file: "units.c",
+    sound: "next &= ~COIOMMU_TU_WRITABLE;",
+    broken: "next &= TWIN ? ~0u : ~COIOMMU_TU_WRITABLE;",
+  },
+  {
+    what: "clears W while another mapping is live",
+    file: "units.c",
+    sound: "\t\t\tif (!(next & COIOMMU_TU_COUNT))",
+    broken: "if (TWIN || !(next & COIOMMU_TU_COUNT))",
+  },
+  {
+    what: "sets D for a list that no device was told",
+    file: "dma_ops.c",
+    sound: "sg_dma_len(sg)), written);",
+    broken: "sg_dma_len(sg)), TWIN || written);",
   },
   {
     what: "does not look at P",

@@ -1,5 +1,6 @@
 /** The kernel module in a running guest as a driver under test, through the debugfs file of its self-test. */
 import { demand } from "../../src/control/guest-side.ts";
+import type { DmaDirection } from "../../src/driver/dma-api.ts";
 import type { GuestAgent } from "../../src/machine/qemu/agent.ts";
 import type {
   DriverUnderTest,
@@ -20,6 +21,8 @@ c() {
   echo ${END}
 }
 `;
+
+const DIRECTIONS = { bidirectional: "both", "to-device": "to", "from-device": "from" } as const;
 
 /** Why a mapping failed, by the counter that says so, and the errno that goes with it. */
 const FAILURES: Readonly<Record<string, readonly [result: string, errno: number]>> = {
@@ -59,8 +62,12 @@ export class KernelModule implements DriverUnderTest {
     this.#agent = agent;
   }
 
-  async reset(batchMax: number, frames: readonly number[]): Promise<void> {
-    await Promise.all([this.#run("reset", batchMax), this.#run("watch", ...frames)]);
+  async reset(batchMax: number, frames: readonly number[], pinDirty: boolean): Promise<void> {
+    await Promise.all([
+      this.#run("reset", batchMax),
+      this.#run("pin_dirty", pinDirty ? "on" : "off"),
+      this.#run("watch", ...frames),
+    ]);
   }
 
   async setUnit(gfn: number, word: number): Promise<void> {
@@ -79,14 +86,15 @@ export class KernelModule implements DriverUnderTest {
     await this.#run("device", on ? "on" : "off");
   }
 
-  async map({ kind, pieces }: Buffers, host: readonly HostAnswer[]): Promise<MapOutcome> {
+  async map({ kind, pieces, direction }: Buffers, host: readonly HostAnswer[]): Promise<MapOutcome> {
     const answers = host.map(({ pins, reply }) =>
       reply === "silence"
         ? this.#run("silence", ...pins)
         : this.#run("answer", reply.written, reply.status, ...pins),
     );
+    const turned = this.#turn(direction);
     const mapped = this.#run(`map_${kind}`, ...pieces.flat());
-    const [said] = await Promise.all([mapped, ...answers]);
+    const [said] = await Promise.all([mapped, turned, ...answers]);
     const units = unitsOf(said);
     return {
       requests: named(said, "request").map(([bytes], i) => ({
@@ -96,9 +104,15 @@ export class KernelModule implements DriverUnderTest {
     };
   }
 
-  async unmap({ kind, pieces }: Buffers): Promise<UnmapOutcome> {
-    const counters = countersOf(await this.#run(`unmap_${kind}`, ...pieces.flat()));
+  async unmap({ kind, pieces, direction }: Buffers): Promise<UnmapOutcome> {
+    const turned = this.#turn(direction);
+    const [said] = await Promise.all([this.#run(`unmap_${kind}`, ...pieces.flat()), turned]);
+    const counters = countersOf(said);
     return { counted: counters.get("frames_unmapped") ?? 0, reported: counters.get("underflow") ?? 0 };
+  }
+
+  #turn(direction: DmaDirection = "bidirectional"): Promise<Lines> {
+    return this.#run("direction", DIRECTIONS[direction]);
   }
 
   #run(...words: readonly (string | number)[]): Promise<Lines> {

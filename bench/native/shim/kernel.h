@@ -32,6 +32,7 @@ struct scatterlist;
 struct list_head { struct list_head *next, *prev; };
 struct device { void *unused; };
 struct dma_map_ops { void *unused; };
+enum dma_data_direction { DMA_BIDIRECTIONAL, DMA_TO_DEVICE, DMA_FROM_DEVICE };
 #define CONFIG_64BIT		1
 #define CONFIG_DMA_OPS		1
 
