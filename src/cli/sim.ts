@@ -117,6 +117,7 @@ const LABELS: Readonly<Record<keyof WorldStatistics, string>> = {
   backendDeaths: "deaths of the backend",
   machineResets: "resets of the machine",
   operatorOrders: "orders of the operator",
+  harvests: "harvests of dirty frames",
 };
 
 function summary(result: SimResult): string {

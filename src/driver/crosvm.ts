@@ -55,7 +55,7 @@ export class CrosvmDriver {
     this.places = places;
     this.#on = on;
     const { openUnits = (...args) => new TrackingUnits(...args) } = on;
-    this.#units = openUnits(on.memory, places.table, places.lists.length);
+    this.#units = openUnits(on.memory, places.table, places.lists.length, false);
     this.#requests = new CrosvmRequests({ ...on, units: this.#units, slot: cpu, list: places.lists[cpu]! });
   }
 

@@ -2,6 +2,7 @@ import { HostError } from "../base/errors.ts";
 import type { Bdf, Gfn, Nanoseconds } from "../base/units.ts";
 import type { GuestMemory } from "../memory/guest-memory.ts";
 import type { UnpinPolicy } from "../policy/policy.ts";
+import type { DirtySlice } from "../tracking/dirty.ts";
 import type { BeforeActivation } from "../tracking/life.ts";
 import { SoftwareIommu } from "../tracking/software-iommu.ts";
 import { Tracker, type TrackerOptions, type TrackingCounters } from "../tracking/tracker.ts";
@@ -27,6 +28,10 @@ export interface BackendOptions {
   readonly beforeActivation: BeforeActivation;
   readonly assigned: ReadonlySet<Bdf>;
   readonly passInterval: Nanoseconds;
+  /** Between two harvests of dirty frames; Infinity for none. */
+  readonly harvestInterval: Nanoseconds;
+  /** Frames in a slice of one. */
+  readonly harvestSlice: number;
   readonly counters: TrackingCounters;
   readonly faults: HostFaults;
   readonly observer: HostObserver;
@@ -38,6 +43,8 @@ export interface BackendOptions {
   /** Loads that are no steps, see SteppedMemory. */
   constant(gpa: number): boolean;
   idleWord(index: number): boolean;
+  harvestBegins(): void;
+  harvested(slice: DirtySlice): void;
   /** Called between two pieces of work. */
   between(): void;
 }
@@ -67,11 +74,15 @@ export class Backend implements Actor {
   #rung = false;
   #inPass = false;
   #nextPass: number;
+  #inHarvest = false;
+  #nextHarvest: number;
   passes = 0;
+  harvests = 0;
 
   constructor(options: BackendOptions & Partial<BackendParts>) {
     this.#o = options;
     this.#nextPass = options.passInterval;
+    this.#nextHarvest = options.harvestInterval;
     this.#turn = new HostTurn(options.turns, this, {
       interrupt: () => {
         if (options.dies()) throw KILLED;
@@ -103,11 +114,15 @@ export class Backend implements Actor {
 
   ready(): boolean {
     const asked = this.#rung || this.#o.bus.pending.length > 0 || this.#orders.length > 0;
-    return this.#job !== undefined || asked || this.#passDue;
+    return this.#job !== undefined || asked || this.#passDue || this.#harvestDue;
   }
 
   get wakeAt(): number {
-    return this.#tracker.active ? this.#nextPass : Number.POSITIVE_INFINITY;
+    return Math.min(this.#nextHarvest, this.#tracker.active ? this.#nextPass : Number.POSITIVE_INFINITY);
+  }
+
+  get #harvestDue(): boolean {
+    return this.#inHarvest || this.#o.turns.time >= this.#nextHarvest;
   }
 
   get #passDue(): boolean {
@@ -143,6 +158,7 @@ export class Backend implements Actor {
       };
     const order = this.#orders.shift();
     if (order) return () => order(this.#tracker);
+    if (this.#harvestDue && (!this.#passDue || this.#o.turns.steps % 2 === 0)) return () => this.#harvest();
     return () => {
       if (!this.#inPass) {
         this.#nextPass = turns.time + passInterval;
@@ -153,13 +169,25 @@ export class Backend implements Actor {
     };
   }
 
+  #harvest(): void {
+    const { turns, harvestInterval, harvestSlice, harvestBegins, harvested } = this.#o;
+    if (!this.#inHarvest) {
+      this.#nextHarvest = turns.time + harvestInterval;
+      harvestBegins();
+    }
+    const slice = this.#tracker.dirty.harvest(harvestSlice);
+    this.#inHarvest = slice.more;
+    if (!slice.more) this.harvests++;
+    harvested(slice);
+  }
+
   /** The kernel keeps the pins, because the control thread holds what they hang on. */
   #restart(): void {
     this.#o.died();
     this.#orders.length = 0;
     this.#o.bus.drop();
     ({ memory: this.#memory, iommu: this.#iommu, tracker: this.#tracker, pci: this.#pci } = this.#start());
-    this.#inPass = false;
+    this.#inPass = this.#inHarvest = false;
     this.#job = () => {
       this.#memory.setRegions(this.#o.memory.regions);
       this.#tracker.adopt([...this.host.pages].map(([handle, gfn]): [Gfn, number] => [gfn, handle]));
@@ -189,6 +217,7 @@ export class Backend implements Actor {
       },
       this.host,
     );
+    if (this.#o.harvestInterval < Number.POSITIVE_INFINITY) tracker.dirty.start();
     return { memory, iommu, tracker, pci: this.#o.frontEnd.serve({ memory, tracker, assigned }) };
   }
 }

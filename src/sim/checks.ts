@@ -1,5 +1,6 @@
 import { FRAME_SIZE, type Gfn } from "../base/units.ts";
 import type { GuestRegion } from "../memory/guest-memory.ts";
+import type { DirtySlice } from "../tracking/dirty.ts";
 import type { FakeHost } from "./fake-host.ts";
 import { Violation } from "./turn.ts";
 
@@ -16,6 +17,9 @@ export class Checks {
   readonly #mapped = new Map<number, number>();
   /** A guest that writes garbage only hurts itself: what it loses is no fault of the host's. */
   readonly #hostile: boolean;
+  /** Frames that devices have written and no harvest has given since, and how many harvests had begun before. */
+  readonly #written = new Map<number, number>();
+  #harvests = 0;
 
   constructor(o: {
     host: FakeHost;
@@ -44,9 +48,31 @@ export class Checks {
   }
 
   /** A device's DMA got past the IOMMU. */
-  transferred(gpa: number, length: number): void {
-    for (let gfn = Math.floor(gpa / FRAME_SIZE); gfn * FRAME_SIZE < gpa + length; gfn++)
+  transferred(gpa: number, length: number, writes: boolean): void {
+    for (let gfn = Math.floor(gpa / FRAME_SIZE); gfn * FRAME_SIZE < gpa + length; gfn++) {
       if (!this.#host.holds(gfn)) throw new Violation(`DMA to frame ${gfn}, which the host does not hold`);
+      if (writes && !this.#written.has(gfn)) this.#written.set(gfn, this.#harvests);
+    }
+  }
+
+  /** The host begins a harvest. */
+  harvestBegins(): void {
+    this.#harvests++;
+  }
+
+  /** The host has given a slice of a harvest: whoever migrates the guest copies its frames now. */
+  harvested({ ranges, more }: DirtySlice): void {
+    for (let i = 0; i < ranges.length; i += 2)
+      for (let gfn = ranges[i]!; gfn < ranges[i]! + ranges[i + 1]!; gfn++) this.#written.delete(gfn);
+    if (more || this.#hostile) return;
+    for (const [gfn, harvests] of this.#written)
+      if (harvests < this.#harvests)
+        throw new Violation(`a device wrote frame ${gfn} before a harvest, which does not give it`);
+  }
+
+  /** Whoever migrates the guest copies all of it, and begins anew. */
+  copiedAll(): void {
+    this.#written.clear();
   }
 
   /** A device's DMA was refused by the IOMMU, in a buffer that was mapped. */

@@ -12,6 +12,8 @@ import type { Turns } from "./turns.ts";
 /** DMA that a driver has told its device to do. */
 export interface Job {
   readonly segments: readonly DmaSegment[];
+  /** The device writes the buffer, or reads it. */
+  readonly writes: boolean;
   /** Firmware's, not a driver's: nobody has promised that it goes through. */
   readonly mayFault?: boolean;
   done(): void;
@@ -40,7 +42,7 @@ export class DmaEngine {
     this.#checks = o.checks;
     this.process = new Process(`device${o.id}`, o.turns, () => this.#next());
     const memory = new SteppedMemory(o.regions, this.process, {
-      touched: (gpa, length) => o.checks.transferred(gpa, length),
+      touched: (gpa, length) => o.checks.transferred(gpa, length, this.#jobs[0]!.writes),
     });
     const gate = new DeviceGate(new SteppedWords(o.iommu, this.process, o.idleWord), o.id, o.ring);
     this.#memory = new GatedMemory(memory, gate);

@@ -241,7 +241,7 @@ class SmallMachine {
     const process: Process = new Process(`cpu${id}`, this.#turns, () => program.next().value ?? undefined);
     const idle = (index: number) => isIdleIommuWord(index, cpus);
     const memory = new SteppedMemory(regions, process, {
-      touched: (gpa, length) => this.#checks.transferred(gpa, length),
+      touched: (gpa, length) => this.#checks.transferred(gpa, length, true),
     });
     const units = openUnits(memory, { root: (TABLE.first * FRAME_SIZE) as Gpa, levels: 1 }, cpus);
     const dma = new TrackedDma({

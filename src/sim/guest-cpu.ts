@@ -3,7 +3,13 @@ import type { Random } from "../base/random.ts";
 import { FRAME_SIZE, type Gfn, type Gpa, gfnOf, milliseconds } from "../base/units.ts";
 import { DRIVER_COUNTERS, type DriverCounters } from "../driver/counters.ts";
 import { DirectDma, type TrackedDma } from "../driver/dma.ts";
-import { type DmaBuffer, DmaMapFailed, type DmaSegment, type PageAllocator } from "../driver/dma-api.ts";
+import {
+  type DmaBuffer,
+  type DmaDirection,
+  DmaMapFailed,
+  type DmaSegment,
+  type PageAllocator,
+} from "../driver/dma-api.ts";
 import { FramePool } from "../driver/pages.ts";
 import type { DriverCpu } from "../driver/viommu.ts";
 import { counters } from "../memory/counters.ts";
@@ -18,11 +24,12 @@ import { step, Violation } from "./turn.ts";
 /** Mappings that a CPU has at most. */
 const MAPPINGS_MAX = 4;
 const SEGMENTS_MAX = 2;
-const DIRECTION = "bidirectional";
+const DIRECTIONS: readonly DmaDirection[] = ["bidirectional", "to-device", "from-device"];
 
 interface Mapping {
   readonly segments: readonly DmaSegment[];
   readonly frames: readonly number[];
+  readonly direction: DmaDirection;
   /** DMA under way in it. */
   jobs: number;
   readonly release: () => void;
@@ -64,6 +71,7 @@ export class GuestCpu {
       pciFunction: guest.parts.bus.seenBy(this.process),
       cpu: { waitFor: (done, timeout) => this.process.waitFor(done, timeout) },
       counters: this.counters,
+      knowsPinDirty: guest.parts.pinDirty,
       ...twin,
     };
   }
@@ -164,18 +172,19 @@ export class GuestCpu {
       );
       return { gpa: (frame * FRAME_SIZE + offset) as Gpa, length };
     });
+    const direction = DIRECTIONS[this.#random(DIRECTIONS.length)]!;
     const single = list.length === 1;
     const dma = this.#dma!;
     const run = (): DmaSegment[] => {
-      if (!single) return dma.mapSg(list, DIRECTION);
+      if (!single) return dma.mapSg(list, direction);
       const { gpa, length } = list[0]!;
-      return [{ iova: dma.mapSingle(gpa, length, DIRECTION), length }];
+      return [{ iova: dma.mapSingle(gpa, length, direction), length }];
     };
     const release = (segments: readonly DmaSegment[]) => () => {
-      if (single) dma.unmapSingle(segments[0]!.iova, segments[0]!.length, DIRECTION);
-      else dma.unmapSg(segments, DIRECTION);
+      if (single) dma.unmapSingle(segments[0]!.iova, segments[0]!.length, direction);
+      else dma.unmapSg(segments, direction);
     };
-    return this.#operation(run, (segments) => this.#hold(segments, release(segments)));
+    return this.#operation(run, (segments) => this.#hold(segments, direction, release(segments)));
   }
 
   #allocate(): Operation {
@@ -183,7 +192,8 @@ export class GuestCpu {
     const length = 1 + this.#random(2) * FRAME_SIZE;
     return this.#operation(
       () => dma.allocCoherent(length),
-      ({ gpa, iova }) => this.#hold([{ iova, length }], () => dma.freeCoherent(gpa, iova, length)),
+      ({ gpa, iova }) =>
+        this.#hold([{ iova, length }], "bidirectional", () => dma.freeCoherent(gpa, iova, length)),
     );
   }
 
@@ -208,6 +218,7 @@ export class GuestCpu {
     const { engines } = this.#guest.parts;
     const job: Job = {
       segments: mapping.segments,
+      writes: mapping.direction !== "to-device" && this.#random(4) > 0,
       done: () => {
         mapping.jobs--;
       },
@@ -216,12 +227,12 @@ export class GuestCpu {
     engines[this.#random(engines.length)]!.queue(job);
   }
 
-  #hold(segments: readonly DmaSegment[], release: () => void): void {
+  #hold(segments: readonly DmaSegment[], direction: DmaDirection, release: () => void): void {
     const frames = segments.flatMap(({ iova, length }) => {
       const first = gfnOf(iova);
       return Array.from({ length: gfnOf(iova + length - 1) - first + 1 }, (_, i) => first + i);
     });
-    this.#mappings.push({ segments, frames, jobs: 0, release });
+    this.#mappings.push({ segments, frames, direction, jobs: 0, release });
     this.#guest.parts.checks.mapped(frames);
   }
 

@@ -46,6 +46,8 @@ export interface GuestParts {
   readonly buffers: { readonly first: number; readonly frames: number };
   readonly cpus: number;
   readonly hostile: boolean;
+  /** Its driver negotiates PIN_DIRTY. */
+  readonly pinDirty: boolean;
   /** The driver turns PIN off and on again at times. */
   readonly restarts: boolean;
 }

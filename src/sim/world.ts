@@ -44,6 +44,12 @@ export interface Settings {
   readonly driverRestarts: boolean;
   /** A CPU writes garbage where it may. */
   readonly hostile: boolean;
+  /** The driver negotiates PIN_DIRTY. */
+  readonly pinDirty: boolean;
+  /** Milliseconds between two harvests of dirty frames; Infinity for none. */
+  readonly harvestInterval: number;
+  /** Frames in a slice of one. */
+  readonly harvestSlice: number;
 }
 
 export function settingsOf(seed: number): Settings {
@@ -65,6 +71,9 @@ export function settingsOf(seed: number): Settings {
     driverRestarts: next(3) === 0,
     hostile: next(5) === 0,
     operator: sometimes(3, 20),
+    pinDirty: next(4) > 0,
+    harvestInterval: next(3) > 0 ? (1 + next(10)) / 5 : Number.POSITIVE_INFINITY,
+    harvestSlice: 1 + next(8),
   };
   if (next(5) > 0) return settings;
   // Its drivers know no second kick and no second activation, and cannot say that their table is complete.
@@ -97,6 +106,7 @@ export interface WorldStatistics {
   readonly backendDeaths: number;
   readonly machineResets: number;
   readonly operatorOrders: number;
+  readonly harvests: number;
 }
 
 /** RAM in two pieces: one reaches into firmware's window below 1 MiB, one across the end of a leaf of the table. */
@@ -116,6 +126,8 @@ const IDLE_TURNS_MAX = 10_000;
 const REST_STEPS_MAX = 400_000;
 /** Unpin passes until everything idle must be gone: one clears A, one unpins, and one may have been under way. */
 const REST_PASSES = 3;
+/** Harvests until everything that was written must have been given: one may have been under way. */
+const REST_HARVESTS = 2;
 
 const ram = ({ first, frames }: { first: number; frames: number }): GuestRegion => ({
   gpa: (first * FRAME_SIZE) as Gpa,
@@ -147,6 +159,7 @@ export class World {
   #quota: number;
   #restSteps = 0;
   #passesAtRest = -1;
+  #harvestsAtRest = -1;
   #kicksLost = 0;
   #backendDeaths = 0;
   #machineResets = 0;
@@ -203,6 +216,7 @@ export class World {
         buffers: { first: BUFFERS_FIRST, frames: settings.buffers },
         cpus: settings.cpus,
         hostile: settings.hostile,
+        pinDirty: settings.pinDirty,
         restarts: settings.driverRestarts,
       },
     });
@@ -245,6 +259,7 @@ export class World {
       backendDeaths: this.#backendDeaths,
       machineResets: this.#machineResets,
       operatorOrders: this.#operatorOrders,
+      harvests: this.#backend.harvests,
     };
   }
 
@@ -264,6 +279,8 @@ export class World {
       beforeActivation: settings.beforeActivation,
       assigned: new Set([ENDPOINT]),
       passInterval: milliseconds(settings.interval),
+      harvestInterval: milliseconds(settings.harvestInterval),
+      harvestSlice: settings.harvestSlice,
       counters: this.#counters,
       faults: {
         pin: () => (oneIn(settings.pinFails) ? (this.#random(2) ? "ENOMEM" : "EIO") : undefined),
@@ -285,7 +302,10 @@ export class World {
         this.#backendDeaths++;
         this.#guest.needsRestart = true;
         this.#guest.deviceLost.begin();
+        this.checks.copiedAll();
       },
+      harvestBegins: () => this.checks.harvestBegins(),
+      harvested: (slice) => this.checks.harvested(slice),
       between: () => this.#betweenJobs(),
       ...twin,
     });
@@ -293,10 +313,15 @@ export class World {
 
   /** Before a driver is active, devices may touch what they like: the host pins it then and there, or refuses. */
   #runFirmware(): void {
+    const guest = this.#guest;
     for (let i = 0; i < 6; i++) {
       const iova = (BUFFERS_FIRST + this.#random(this.settings.buffers)) * FRAME_SIZE;
       this.#engines[0]!.queue({
         segments: [{ iova: iova as never, length: 512 }],
+        // Later than this it breaks what a driver promises with COMPLETE: nobody tells of its writes.
+        get writes() {
+          return guest.places === undefined;
+        },
         mayFault: true,
         done: () => {},
       });
@@ -372,8 +397,17 @@ export class World {
     if (this.settings.hostile) return true;
     if (!this.#cpus.every((c) => c.atRest) || !this.#engines.every((e) => e.atRest)) return false;
     if (this.#guest.needsRestart) return false;
-    if (this.#passesAtRest < 0) this.#passesAtRest = this.#backend.passes;
-    if (this.#backend.passes < this.#passesAtRest + REST_PASSES) return false;
+    const { passes, harvests } = this.#backend;
+    if (this.#passesAtRest < 0) {
+      this.#passesAtRest = passes;
+      this.#harvestsAtRest = harvests;
+    }
+    if (passes < this.#passesAtRest + REST_PASSES) return false;
+    if (
+      this.settings.harvestInterval < Number.POSITIVE_INFINITY &&
+      harvests < this.#harvestsAtRest + REST_HARVESTS
+    )
+      return false;
     this.checks.atRest();
     return true;
   }

@@ -8,7 +8,7 @@ import { FakeHost, HOST_BASE } from "../../src/sim/fake-host.ts";
 import type { Twin } from "../../src/sim/world.ts";
 import { DmaTrackingTable, NO_UNIT, type Unit } from "../../src/tracking/dtt.ts";
 import { SoftwareIommu } from "../../src/tracking/software-iommu.ts";
-import { TU_COUNT, TU_PINNED } from "../../src/wire/dtt.ts";
+import { TU_COUNT, TU_DIRTY, TU_PINNED, TU_WRITABLE } from "../../src/wire/dtt.ts";
 
 /** Each is a protocol broken in one place, and what a checker says of it. */
 interface BrokenTwin {
@@ -17,6 +17,8 @@ interface BrokenTwin {
 }
 
 const P = TU_PINNED | 0;
+const UNHARVESTED = /before a harvest, which does not give it/;
+const LOST_COUNT = /COUNT 0|unpinned while it is mapped|idle and stay pinned|before a harvest/;
 const LOST = /unpinned while it is mapped|DMA to frame|DMA fault|the host does not hold it|COUNT 0/;
 
 class OpenTable extends DmaTrackingTable {
@@ -57,6 +59,31 @@ class LateTable extends OpenTable {
   override claimForUnpin(unit: Unit): ReturnType<DmaTrackingTable["claimForUnpin"]> {
     if (this.memory.load32(unit) !== P) return super.claimForUnpin(unit);
     return "claimed";
+  }
+}
+
+/** Clears D by load and store. */
+class TornHarvestTable extends OpenTable {
+  override takeDirty(unit: Unit): boolean {
+    const seen = this.memory.load32(unit);
+    if (seen & TU_DIRTY) this.memory.store32(unit, seen & ~TU_DIRTY);
+    return (seen & (TU_DIRTY | TU_WRITABLE)) !== 0;
+  }
+}
+
+/** Takes D for all there is to know. */
+class BlindHarvestTable extends OpenTable {
+  override takeDirty(unit: Unit): boolean {
+    return (this.memory.and32(unit, ~TU_DIRTY) & TU_DIRTY) !== 0;
+  }
+}
+
+/** Clears D with P. */
+class ForgettingUnpinTable extends OpenTable {
+  override claimForUnpin(unit: Unit): ReturnType<DmaTrackingTable["claimForUnpin"]> {
+    const claim = super.claimForUnpin(unit);
+    if (claim === "claimed") this.memory.and32(unit, ~TU_DIRTY);
+    return claim;
   }
 }
 
@@ -183,6 +210,24 @@ class ForgetfulTracker extends CheckedTracker {
   }
 }
 
+/** Leaves W when the last mapping goes. */
+class LeavesWUnits extends TornUnits {
+  override put(gfn: number, nr: number, written?: boolean): number {
+    const units = Array.from({ length: nr }, (_, i) => this.find(gfn + i));
+    const writable = units.filter((unit) => this.memory.load32(unit) & TU_WRITABLE);
+    const done = TrackingUnits.prototype.put.call(this, gfn, nr, written);
+    for (const unit of writable) this.memory.or32(unit, TU_WRITABLE);
+    return done;
+  }
+}
+
+/** Takes every unmap for one of a buffer that the device has only read. */
+class CleanUnits extends TrackingUnits {
+  override put(gfn: number, nr: number): number {
+    return super.put(gfn, nr, false);
+  }
+}
+
 export const twins: Readonly<Record<string, BrokenTwin>> = {
   "an unpin by load and store instead of one CAS": {
     twin: { backend: { openTable: (...args) => new TornTable(...args) } },
@@ -237,5 +282,25 @@ export const twins: Readonly<Record<string, BrokenTwin>> = {
   "a driver that counts down by load and store": {
     twin: { driver: { openUnits: (...args) => new TornUnits(...args) } },
     found: /COUNT 0|unpinned while it is mapped|idle and stay pinned/,
+  },
+  "a harvest by load and store": {
+    twin: { backend: { openTable: (...args) => new TornHarvestTable(...args) } },
+    found: LOST_COUNT,
+  },
+  "a harvest that does not look at W": {
+    twin: { backend: { openTable: (...args) => new BlindHarvestTable(...args) } },
+    found: UNHARVESTED,
+  },
+  "an unpin that forgets D": {
+    twin: { backend: { openTable: (...args) => new ForgettingUnpinTable(...args) } },
+    found: UNHARVESTED,
+  },
+  "a driver that sets no D": {
+    twin: { driver: { openUnits: (...args) => new CleanUnits(...args) } },
+    found: UNHARVESTED,
+  },
+  "a driver that leaves W without a mapping": {
+    twin: { driver: { openUnits: (...args) => new LeavesWUnits(...args) } },
+    found: /idle and stay pinned/,
   },
 };
