@@ -50,6 +50,7 @@ export class Backend {
       assign: (bdf: Bdf) => this.#host.assign(bdf),
       unassign: (bdf: Bdf) => this.#host.unassign(bdf),
       stop: () => this.#stop(),
+      ...this.#host.dirtyCommands,
     });
     this.#reactor.watch(data.wakeFd, () => {
       drainFd(data.wakeFd);

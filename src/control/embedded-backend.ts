@@ -28,6 +28,7 @@ export class EmbeddedBackend {
       ...this.#host.commands,
       started: () => this.#host.started(),
       stop: () => this.#stop(),
+      ...this.#host.dirtyCommands,
     });
     this.#host.setMemory([ramRegion(data.ram)]);
   }

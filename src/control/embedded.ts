@@ -10,13 +10,14 @@ import type { Attach, CpuData } from "../machine/embedded/cpu.ts";
 import type { DeviceData, DeviceSetup, DeviceStopped } from "../machine/embedded/device.ts";
 import { doorbellsBuffer } from "../machine/embedded/doorbells.ts";
 import type { DeviceLink, LoadSpec } from "../machine/embedded/load.ts";
-import { OwnedRam } from "../machine/embedded/ram.ts";
+import { type GuestRam, OwnedRam } from "../machine/embedded/ram.ts";
 import { type Measurement, report } from "../machine/embedded/workloads/workload.ts";
 import { Bell } from "../memory/bell.ts";
 import { counters, countersBuffer, sums } from "../memory/counters.ts";
 import { createIommuBuffer } from "../tracking/software-iommu.ts";
 import { TRACKING_COUNTERS, type TrackingCounters } from "../tracking/tracker.ts";
 import { mailboxBuffer } from "../transport/mailbox.ts";
+import { DirtyFrames } from "./dirty.ts";
 import type { EmbeddedBackendData } from "./embedded-backend.ts";
 import { type DevicePlan, type EmbeddedOptions, planDevices, planLoads } from "./embedded-plan.ts";
 import type { Started, Stopped } from "./host-side.ts";
@@ -41,6 +42,8 @@ export class EmbeddedMachine implements Machine {
   readonly endpoints: readonly Bdf[];
   readonly drivers: readonly DriverCounters[] | null;
   readonly operator: Operator;
+  readonly dirty: DirtyFrames;
+  readonly ram: GuestRam;
   readonly failed: Promise<never>;
   readonly #threads: Threads;
   readonly #loads: readonly (LoadSpec | undefined)[];
@@ -60,6 +63,8 @@ export class EmbeddedMachine implements Machine {
     this.endpoints = planDevices(options).map(({ endpoint }) => endpoint);
     this.drivers = threads.tracked ? threads.driverCounters : null;
     this.operator = new Operator(threads.backend, options);
+    this.dirty = new DirtyFrames(threads.backend);
+    this.ram = threads.ram.ram;
     this.failed = threads.failed.promise;
   }
 
@@ -136,7 +141,7 @@ class Threads {
   readonly failed = Promise.withResolvers<never>();
   readonly #options: EmbeddedOptions;
   readonly #plan: readonly DevicePlan[];
-  readonly #ram: OwnedRam;
+  readonly ram: OwnedRam;
   readonly #iommu: SharedArrayBuffer;
   readonly #mailbox: SharedArrayBuffer;
   readonly #backendBell = Bell.buffer();
@@ -148,7 +153,7 @@ class Threads {
     this.#options = options;
     this.tracked = options.strategy === "coiommu";
     this.#plan = planDevices(options);
-    this.#ram = new OwnedRam(options.memoryMiB, options.pinner !== "software");
+    this.ram = new OwnedRam(options.memoryMiB, options.pinner !== "software");
     this.#iommu = createIommuBuffer((options.memoryMiB * 2 ** 20) / FRAME_SIZE);
     this.#mailbox = mailboxBuffer(options.cpus);
     this.#cpuBells = Array.from({ length: options.cpus }, () => Bell.buffer());
@@ -181,7 +186,7 @@ class Threads {
     await Promise.all(this.cpus.map((cpu) => cpu.terminate()));
     const devices = await Promise.allSettled(this.devices.map((device) => device.stop<DeviceStopped>()));
     const [backend] = await Promise.allSettled([this.backend.stop<Stopped>()]);
-    this.#ram.close();
+    this.ram.close();
     if (backend.status === "rejected") throw backend.reason;
     const hostErrors = devices.flatMap((d) => (d.status === "fulfilled" ? d.value.hostErrors : []));
     return { backend: backend.value, hostErrors };
@@ -190,7 +195,7 @@ class Threads {
   #startBackend(pins: SharedArrayBuffer): WorkerHost {
     const { strategy, policy, interval, quota, pinner, backendEntry } = this.#options;
     const data = {
-      ...{ ram: this.#ram.ram, iommu: this.#iommu, mailbox: this.#mailbox, bell: this.#backendBell },
+      ...{ ram: this.ram.ram, iommu: this.#iommu, mailbox: this.#mailbox, bell: this.#backendBell },
       ...{ counters: pins, assigned: this.#plan.map((device) => device.endpoint) },
       ...{ strategy, policy, interval, quota, pinner, firmware: false },
     } satisfies EmbeddedBackendData;
@@ -202,7 +207,7 @@ class Threads {
     const { kind, cpus } = this.#plan[number]!;
     const { bell, doorbells } = this.#links[number]!;
     const data = {
-      ...{ kind, number, ram: this.#ram.ram, iommu: this.#iommu, counters: ofDevice, bell, doorbells },
+      ...{ kind, number, ram: this.ram.ram, iommu: this.#iommu, counters: ofDevice, bell, doorbells },
       ...{ backendBell: this.#backendBell, interrupts: cpus.map((cpu) => this.#cpuBells[cpu]!) },
       store: this.#options.disk,
     } satisfies DeviceData;
@@ -214,7 +219,7 @@ class Threads {
     const bell = this.#cpuBells[number]!;
     const link = this.#links[this.#deviceOf(number)];
     const data = {
-      ...{ number, cpus, link, ram: this.#ram.ram, tracked: this.tracked, mailbox: this.#mailbox, bell },
+      ...{ number, cpus, link, ram: this.ram.ram, tracked: this.tracked, mailbox: this.#mailbox, bell },
       ...{ backendBell: this.#backendBell, counters: ofDriver },
     } satisfies CpuData;
     return this.#worker(`CPU ${number}`, CPU_WORKER, data, bell);

@@ -14,6 +14,7 @@ import { SoftwareIommu } from "../tracking/software-iommu.ts";
 import { TRACKING_COUNTERS, Tracker, type TrackerOptions } from "../tracking/tracker.ts";
 import { VirtioIommu } from "../virtio/iommu.ts";
 import { VirtioPciFunction } from "../virtio/pci.ts";
+import type { DirtyCommands } from "./dirty.ts";
 
 export type Strategy = "none" | "static" | "coiommu";
 export type PinnerName = "io_uring" | "software";
@@ -185,6 +186,23 @@ export class HostSide {
       kernelSource: this.#pinner.kernelSource,
     };
   }
+
+  readonly dirtyCommands: DirtyCommands = {
+    dirtyStart: () => {
+      if (this.#data.strategy === "none")
+        throw new UserError("devices may write all memory: there is no IOMMU that would tell what", 1);
+      this.#tracker.dirty.start();
+      return null;
+    },
+    dirtyHarvest: () => {
+      if (!this.#tracker.dirty.on) throw new UserError("dirty tracking has not been started", 1);
+      return this.#tracker.dirty.harvest();
+    },
+    dirtyStop: () => {
+      this.#tracker.dirty.stop();
+      return null;
+    },
+  };
 
   /** Release everything. `disconnect`: nothing of the guest is served any more when it returns. */
   stop(disconnect: () => void): Stopped {

@@ -4,6 +4,7 @@ import type { StoreOptions } from "../device/block-store.ts";
 import type { DeviceCounters } from "../device/counters.ts";
 import type { DriverCounters } from "../driver/counters.ts";
 import type { TrackingCounters } from "../tracking/tracker.ts";
+import type { DirtyFrames } from "./dirty.ts";
 import type { PinnerName, Started, Stopped, Strategy } from "./host-side.ts";
 import type { Operator } from "./operator.ts";
 import type { RunResult, WorkloadResult } from "./result.ts";
@@ -67,6 +68,7 @@ export interface Machine {
   /** What each CPU's driver counts, where it is in memory of ours; null where it is the guest's. */
   readonly drivers: readonly DriverCounters[] | null;
   readonly operator: Operator;
+  readonly dirty: DirtyFrames;
   /** Rejects when a part fails that should run until close(). */
   readonly failed: Promise<never>;
   /** Resolves when the guest executes. */

@@ -4,6 +4,7 @@ import { monotonicClock } from "../host/clock.ts";
 import type { Guest } from "../machine/qemu/guest.ts";
 import { type Qemu, type QemuDevice, startQemu } from "../machine/qemu/qemu.ts";
 import type { TrackingCounters } from "../tracking/tracker.ts";
+import { DirtyFrames } from "./dirty.ts";
 import { DISK_BDF, DISK_SLOT } from "./disk.ts";
 import {
   countersAfterOneSecond,
@@ -49,6 +50,7 @@ export class Vm implements Machine {
   readonly endpoints = [DISK_BDF];
   readonly drivers = null;
   readonly operator: Operator;
+  readonly dirty: DirtyFrames;
   readonly started: Started;
   readonly failed: Promise<never>;
   readonly #options: VmOptions;
@@ -65,6 +67,7 @@ export class Vm implements Machine {
     this.disk = disk.counters;
     this.devices = [disk.counters];
     this.operator = new Operator(parts.backendWorker, options);
+    this.dirty = new DirtyFrames(parts.backendWorker);
     this.failed = parts.failed.promise;
   }
 
