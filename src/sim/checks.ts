@@ -55,6 +55,14 @@ export class Checks {
     }
   }
 
+  /** What is to be harvested still, as text. */
+  get unharvested(): string {
+    return [...this.#written]
+      .map(([gfn, harvests]) => `${gfn}:${harvests}`)
+      .sort()
+      .join();
+  }
+
   /** The host begins a harvest. */
   harvestBegins(): void {
     this.#harvests++;

@@ -31,6 +31,8 @@ export interface SmallWorld {
   readonly cpus: readonly (readonly number[])[];
   /** Unpin passes. */
   readonly passes: number;
+  /** Harvests of dirty frames, with PIN_DIRTY; one more follows when all is done. */
+  readonly harvests?: number;
   readonly quota?: number;
   /** Whether each release may be refused by the host, and each pin. */
   readonly releasesFail?: boolean;
@@ -155,7 +157,7 @@ class SmallMachine {
       stepTime: 0,
       beforeStep: () => this.trace.push(this.#turns.current?.name ?? ""),
     });
-    this.#backend = new SmallBackend(this.#turns, world.passes, this.#asks);
+    this.#backend = new SmallBackend(this.#turns, world, this.#asks, () => this.#checks);
     const refuses = (may: boolean | undefined) =>
       may === true && schedules.choose(2, () => this.#state()) === 1;
     const makeHost = twin.backend?.makeHost ?? ((...args) => new FakeHost(...args));
@@ -172,7 +174,7 @@ class SmallMachine {
     this.#checks = new Checks({ host: this.#host, isRam, quota: () => quota, hostile: false });
     this.#tracker = this.#makeTracker(world, twin, regions, twin.backend?.quota?.() ?? quota);
     this.#backend.tracker = this.#tracker;
-    this.#cpus = world.cpus.map((frames, id) => this.#makeCpu(id, frames, world.cpus.length, twin, regions));
+    this.#cpus = world.cpus.map((frames, id) => this.#makeCpu(id, frames, world, twin, regions));
     this.#turns.actors.push(this.#backend, ...this.#cpus);
   }
 
@@ -182,6 +184,7 @@ class SmallMachine {
 
   play(): void {
     for (let actor = this.#turns.pick(); actor; actor = this.#turns.pick()) actor.resume();
+    if (this.#tracker.dirty.on) this.#backend.harvest();
     const gate = new DeviceGate(this.#words, 7, () => {});
     const ram = this.#memory.regions;
     this.#checks.accounts(this.#tracker.frames(), this.#tracker.pinned, ram, (g) => gate.allows(g as Gfn));
@@ -194,7 +197,9 @@ class SmallMachine {
   #state(): string {
     const units = new Int32Array(this.#memory.regions[0]!.bytes.buffer, TABLE.first * FRAME_SIZE, FRAMES);
     const cpus = this.#cpus.map((cpu) => `${cpu.operations}:${cpu.position}`);
-    return [units.join(), cpus.join(";"), this.#backend.history.join(), windows(this.#words)].join("|");
+    const { unharvested } = this.#checks;
+    const seen = [this.#backend.history.join(), unharvested, windows(this.#words)];
+    return [units.join(), cpus.join(";"), ...seen].join("|");
   }
 
   #makeTracker(world: SmallWorld, twin: Twin, regions: readonly GuestRegion[], quota: number): Tracker {
@@ -221,7 +226,9 @@ class SmallMachine {
       this.#host,
     );
     tracker.setMemory(regions);
-    if (!tracker.activate(TABLE.first * FRAME_SIZE, 1, true)) throw new InvariantViolation("no table");
+    if (!tracker.activate(TABLE.first * FRAME_SIZE, 1, true, world.harvests !== undefined))
+      throw new InvariantViolation("no table");
+    if (world.harvests !== undefined) tracker.dirty.start();
     world.units.forEach((word, gfn) => {
       if (word & TU_PINNED) tracker.pin([{ gfn, nrFrames: 1 }]);
       this.#memory.store32(unitOf(gfn), word | 0);
@@ -232,7 +239,7 @@ class SmallMachine {
   #makeCpu(
     id: number,
     frames: readonly number[],
-    cpus: number,
+    { cpus: { length: cpus }, harvests }: SmallWorld,
     twin: Twin,
     regions: readonly GuestRegion[],
   ): Process {
@@ -243,7 +250,8 @@ class SmallMachine {
     const memory = new SteppedMemory(regions, process, {
       touched: (gpa, length) => this.#checks.transferred(gpa, length, true),
     });
-    const units = openUnits(memory, { root: (TABLE.first * FRAME_SIZE) as Gpa, levels: 1 }, cpus);
+    const geometry = { root: (TABLE.first * FRAME_SIZE) as Gpa, levels: 1 };
+    const units = openUnits(memory, geometry, cpus, harvests !== undefined);
     const dma = new TrackedDma({
       direct: new DirectDma({ allocate: () => undefined, free: () => {} }),
       units,
@@ -323,24 +331,34 @@ class SmallBackend implements Actor {
   readonly history: unknown[] = [];
   tracker: Tracker | undefined;
   readonly #asks: readonly Ask[];
+  readonly #checks: () => Checks;
   #served = 0;
   #passes: number;
+  #harvests: number;
   #busy = false;
 
-  constructor(turns: Turns, passes: number, asks: readonly Ask[]) {
+  constructor(
+    turns: Turns,
+    { passes, harvests = 0 }: SmallWorld,
+    asks: readonly Ask[],
+    checks: () => Checks,
+  ) {
     this.#passes = passes;
+    this.#harvests = harvests;
+    this.#checks = checks;
     this.#asks = asks;
     this.turn = new HostTurn(turns, this, { took: (result) => this.history.push(result) });
   }
 
   ready(): boolean {
-    return this.#busy || this.#served < this.#asks.length || this.#passes > 0;
+    return this.#busy || this.#served < this.#asks.length || this.#passes + this.#harvests > 0;
   }
 
   resume(): void {
     this.#busy = this.turn.on = true;
     try {
       if (this.#served < this.#asks.length) this.#serve(this.#asks[this.#served]!);
+      else if (this.#harvests > 0 && this.#harvests >= this.#passes) this.#nextHarvest();
       else this.#pass();
     } finally {
       this.#busy = this.turn.on = false;
@@ -351,6 +369,17 @@ class SmallBackend implements Actor {
     this.history.push("serve");
     ask.status = this.tracker!.pin(ask.ranges);
     this.#served++;
+  }
+
+  #nextHarvest(): void {
+    this.history.push("harvest");
+    this.#harvests--;
+    this.harvest();
+  }
+
+  harvest(): void {
+    this.#checks().harvestBegins();
+    this.#checks().harvested(this.tracker!.dirty.harvest());
   }
 
   #pass(): void {

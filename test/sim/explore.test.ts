@@ -1,8 +1,8 @@
 import assert from "node:assert/strict";
 import test from "node:test";
 import { explore, type SmallWorld } from "../../src/sim/explore.ts";
-import { TU_ACCESSED as A, TU_PINNED as P } from "../../src/wire/dtt.ts";
-import { twins } from "./twins.ts";
+import { TU_ACCESSED as A, TU_DIRTY as D, TU_PINNED as P } from "../../src/wire/dtt.ts";
+import { rareTwins, twins } from "./twins.ts";
 
 /** Worlds of which every schedule is played, with the production driver, gate and tracker. */
 const worlds: Readonly<Record<string, SmallWorld>> = {
@@ -24,6 +24,8 @@ const worlds: Readonly<Record<string, SmallWorld>> = {
     releasesFail: true,
     pinsFail: true,
   },
+  "harvests of a frame that two CPUs map": { units: [P], cpus: [[0], [0]], passes: 1, harvests: 1 },
+  "a harvest of two frames, one of them dirty": { units: [P + D, P], cpus: [[0, 1]], passes: 2, harvests: 2 },
   "a quota that makes one CPU's request unpin what another maps": {
     units: [P, 0],
     cpus: [[0], [1]],
@@ -50,13 +52,18 @@ const found: Readonly<Record<string, SmallWorld>> = {
   "P set before the page is pinned": { units: [0], cpus: [[0], [0]], passes: 0 },
   "an IOMMU that keeps what was revoked": { units: [P], cpus: [], passes: 1 },
   "no quota": { units: [P, 0], cpus: [[0], [1]], passes: 0, quota: 1 },
+  "a harvest by load and store": { units: [P + D], cpus: [[0]], passes: 0, harvests: 1 },
+  "a harvest that does not look at W": { units: [P], cpus: [[0]], passes: 0, harvests: 1 },
+  "an unpin that forgets D": { units: [P], cpus: [[0]], passes: 2, harvests: 0 },
+  "a driver that sets D after it has counted down": { units: [P], cpus: [[0]], passes: 0, harvests: 1 },
+  "a driver that sets no D": { units: [P], cpus: [[0]], passes: 0, harvests: 0 },
   "a driver that looks at P before it counts": { units: [P], cpus: [[0]], passes: 1 },
   "a driver that counts down by load and store": { units: [P], cpus: [[0], [0]], passes: 1 },
 };
 
 for (const [what, world] of Object.entries(found))
   test(`every schedule: broken twin is found: ${what}`, (t) => {
-    const twin = twins[what]!.twin;
+    const { twin } = { ...twins, ...rareTwins }[what]!;
     assert.equal(explore(world).failure, undefined, "the same world is sound with the production code");
     const { failure } = explore(world, typeof twin === "function" ? twin() : twin);
     t.diagnostic(`${failure?.message}, after ${failure?.steps.join(" ")}`);

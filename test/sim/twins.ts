@@ -210,6 +210,17 @@ class ForgetfulTracker extends CheckedTracker {
   }
 }
 
+/** Sets D when it has counted down already. */
+class LateDirtyUnits extends TornUnits {
+  override put(gfn: number, nr: number, written?: boolean): number {
+    const units = Array.from({ length: nr }, (_, i) => this.find(gfn + i));
+    const dirty = units.filter((unit) => written !== false && this.memory.load32(unit) & TU_WRITABLE);
+    const done = TrackingUnits.prototype.put.call(this, gfn, nr, false);
+    for (const unit of dirty) this.memory.or32(unit, TU_DIRTY);
+    return done;
+  }
+}
+
 /** Leaves W when the last mapping goes. */
 class LeavesWUnits extends TornUnits {
   override put(gfn: number, nr: number, written?: boolean): number {
@@ -302,5 +313,13 @@ export const twins: Readonly<Record<string, BrokenTwin>> = {
   "a driver that leaves W without a mapping": {
     twin: { driver: { openUnits: (...args) => new LeavesWUnits(...args) } },
     found: /idle and stay pinned/,
+  },
+};
+
+/** Too rare for the random worlds: found where every schedule is played. */
+export const rareTwins: typeof twins = {
+  "a driver that sets D after it has counted down": {
+    twin: { driver: { openUnits: (...args) => new LateDirtyUnits(...args) } },
+    found: UNHARVESTED,
   },
 };
