@@ -24,10 +24,9 @@ GatedMemory.prototype.store16 = function (gpa, value) {
   store16.call(this, gpa, value);
   note(gpa, 2);
 };
-// Of a disk that is read from.
-GatedMemory.prototype.transfer = function (gpa, length, each) {
-  transfer.call(this, gpa, length, each);
-  note(gpa, length);
+GatedMemory.prototype.transfer = function (gpa, length, each, access) {
+  transfer.call(this, gpa, length, each, access);
+  if (access === "write") note(gpa, length);
 };
 
 new DeviceThread(workerData).run();
