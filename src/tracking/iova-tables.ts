@@ -55,7 +55,9 @@ export class IovaTables {
   readonly #link: Float64Array;
   /** Entries of each table page that are in use. */
   readonly #used: Uint16Array;
-  readonly #free: number[];
+  readonly #free: number[] = [];
+  /** Table pages from here on were never used. */
+  #fresh = 0;
 
   /** The words from `pool` on are `pages` table pages, zeroed. */
   constructor(words: SharedWords, pool: number, pages: number, quiesce: () => boolean) {
@@ -64,13 +66,12 @@ export class IovaTables {
     this.#quiesce = quiesce;
     this.#link = new Float64Array(pages).fill(FREE);
     this.#used = new Uint16Array(pages);
-    this.#free = Array.from({ length: pages }, (_, i) => pages - 1 - i);
   }
 
   /** An empty address space; undefined when there is no room. */
   create(): number | undefined {
-    if (this.#free.length === 0) this.#reclaim();
-    const root = this.#free.pop();
+    if (this.#room < 1) this.#reclaim();
+    const root = this.#take();
     if (root !== undefined) this.#link[root] = ROOT;
     return root;
   }
@@ -83,7 +84,7 @@ export class IovaTables {
   /** False when there is no room: then nothing is mapped. */
   map(root: number, { first, last, gfn, flags }: Mapping): boolean {
     // Only here, before anything is built: what is built and still empty would be taken back.
-    if (this.#free.length < tablesOf(first, last)) this.#reclaim();
+    if (this.#room < tablesOf(first, last)) this.#reclaim();
     for (let page = first; page <= last; ) {
       const leaf = this.#leaf(root, page, true);
       if (leaf === undefined) {
@@ -125,11 +126,19 @@ export class IovaTables {
     const entry = this.#words.load(at);
     if (entry !== 0) return entry - 1;
     if (!build) return undefined;
-    const table = this.#free.pop();
+    const table = this.#take();
     if (table === undefined) return undefined;
     this.#link[table] = at;
     this.#setLink(table, true);
     return table;
+  }
+
+  get #room(): number {
+    return this.#free.length + this.#used.length - this.#fresh;
+  }
+
+  #take(): number | undefined {
+    return this.#free.pop() ?? (this.#fresh < this.#used.length ? this.#fresh++ : undefined);
   }
 
   #setLink(table: number, linked: boolean): void {

@@ -76,13 +76,13 @@ test("a device in bypass domain or out of all domains reaches frames that are pi
   const m = mapped();
   const { remapping } = m.tracker;
   const other = (gfn: number) => m.otherGate.translate(gfn, "write");
-  remapping.setBypass(false);
+  remapping.setBypass(false, DEVICES_MAX);
   assert.deepEqual([other(5), ...reach(m, "read", 100)], [-1, 5]);
   assert.equal(remapping.attach(1, 9, true), OK);
   assert.deepEqual([other(5), other(8)], [5, -1]);
   assert.equal(remapping.detach(1, 9), OK);
   assert.equal(other(5), -1);
-  remapping.setBypass(true);
+  remapping.setBypass(true, DEVICES_MAX);
   assert.equal(other(5), 5);
   for (let endpoint = 2; endpoint < DEVICES_MAX; endpoint++)
     assert.equal(remapping.attach(endpoint, endpoint, false), OK);

@@ -9,7 +9,7 @@ import {
 } from "../wire/virtio-iommu.ts";
 import { type Domain, Domains } from "./domains.ts";
 import { framesOf, type Mapping } from "./mapping-trees.ts";
-import { type Context, DEVICES_MAX, IN_BYPASS, IS_BLOCKED, type SoftwareIommu } from "./software-iommu.ts";
+import { type Context, IN_BYPASS, IS_BLOCKED, type SoftwareIommu } from "./software-iommu.ts";
 
 /** Who pins what domains map; the Tracker. */
 export interface Holder {
@@ -42,10 +42,10 @@ export class Remapping {
     return this.#domains.mappings;
   }
 
-  /** Whether endpoints that are attached to no domain are in bypass; otherwise they reach nothing. */
-  setBypass(bypass: boolean): void {
+  /** Whether those of `endpoints` that are attached to no domain are in bypass; otherwise they reach nothing. */
+  setBypass(bypass: boolean, endpoints: number): void {
     this.#bypass = bypass;
-    for (let endpoint = 0; endpoint < DEVICES_MAX; endpoint++)
+    for (let endpoint = 0; endpoint < endpoints; endpoint++)
       if (!this.#domains.of(endpoint)) this.#iommu.setContext(endpoint, this.#unattached);
   }
 

@@ -43,7 +43,7 @@ export const IS_BLOCKED: Context = BLOCKED;
  * The tables of domains, behind the bitmap: 64 words for each word of it map all frames twice, as for two devices that
  * are given to user space in domains of their own; and a few pages for the upper levels.
  */
-const POOL_FIXED = 32 * 1024;
+const POOL_FIXED = 16 * 1024;
 const POOL_PER_WORD = 64;
 
 /** The shared table for GFNs 0 to `frames`. */

@@ -33,7 +33,7 @@ import { VirtioPciFunction } from "./pci.ts";
 
 // --- features and configuration -------------------------------------------------------------------------------------
 
-test("the offered features are VERSION_1, PROBE, BYPASS_CONFIG and, when wanted, PIN_PAGE and PIN_DIRTY", () => {
+test("the offered features are those of remapping, PROBE and, when wanted, PIN_PAGE and PIN_DIRTY", () => {
   assert.equal(viommu().device.features, NEGOTIATED | PIN_DIRTY);
   assert.equal(viommu({ pinPage: false }).device.features, NEGOTIATED & ~PIN_PAGE);
 });
@@ -51,7 +51,7 @@ for (const [features, ok] of [
   test(`features 0x${features.toString(16)} are ${ok ? "accepted" : "refused: PIN_PAGE needs a bypass feature, and PIN_DIRTY needs it"}`, () =>
     assert.equal(viommu().device.accepts(features), ok));
 
-test("the configuration at reset: bypass, 4 KiB pages, all addresses, room for PROBE, the limits of PIN", () => {
+test("the configuration at reset: bypass, 4 KiB pages, 52 bits of address, room for PROBE, the limits of PIN", () => {
   const { device } = viommu({ quota: 1000 });
   const raw = new Uint8Array(96);
   device.configRead(0, raw);
@@ -62,7 +62,7 @@ test("the configuration at reset: bypass, 4 KiB pages, all addresses, room for P
     {
       pageSizeMask: 0xffff_ffff_ffff_f000n,
       inputStart: 0n,
-      inputEnd: 0xffff_ffff_ffff_ffffn,
+      inputEnd: 2n ** 52n - 1n,
       probeSize: 64,
       bypass: 1,
       pinBatchMax: 128,
@@ -91,6 +91,21 @@ test("bypass is 0 or 1, and writable with BYPASS_CONFIG only", () => {
   assert.equal(r.get("bypass"), 1);
   r.set("bypass", 0);
   assert.equal(r.get("bypass"), 0);
+});
+
+test("bypass stays as it is over a device reset, and is 1 again after a machine reset; devices see it", () => {
+  const r = activeViommu();
+  r.table.map(5);
+  assert.equal(r.pin(5), OK);
+  r.set("bypass", 0);
+  assert.deepEqual([r.gate.allows(5), r.otherGate.allows(5)], [false, false]);
+  r.device.reset();
+  assert.deepEqual([r.get("bypass"), r.gate.allows(5)], [0, false]);
+  r.device.machineReset();
+  assert.equal(r.get("bypass"), 1);
+  assert.equal(r.on(), 1);
+  assert.equal(r.pin(5), OK);
+  assert.equal(r.gate.allows(5), true);
 });
 
 test("what the device says is not the driver's to write", () => {

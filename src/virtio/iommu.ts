@@ -23,8 +23,12 @@ import {
   ReqProbe,
   ReqTail,
   VIRTIO_ID_IOMMU,
+  VIRTIO_IOMMU_ATTACH_F_BYPASS,
   VIRTIO_IOMMU_F_BYPASS,
   VIRTIO_IOMMU_F_BYPASS_CONFIG,
+  VIRTIO_IOMMU_F_DOMAIN_RANGE,
+  VIRTIO_IOMMU_F_INPUT_RANGE,
+  VIRTIO_IOMMU_F_MAP_UNMAP,
   VIRTIO_IOMMU_F_PIN_DIRTY,
   VIRTIO_IOMMU_F_PIN_PAGE,
   VIRTIO_IOMMU_F_PROBE,
@@ -41,6 +45,7 @@ import {
   VIRTIO_IOMMU_T_UNMAP,
 } from "../wire/virtio-iommu.ts";
 import type { VirtioDevice } from "./device.ts";
+import { INPUT_END, MSI_WINDOW, RemappingRequests } from "./iommu-requests.ts";
 import { type Buffer, type Chain, lengthOf, MalformedChain, type SplitQueue } from "./queue.ts";
 
 const REQUEST_QUEUE = 0;
@@ -49,8 +54,6 @@ const QUEUE_SIZE = 64;
 /** Ranges in one PIN request: covers the longest scatter list of our disk (126 segments) and its header. */
 const PIN_BATCH_MAX = 128;
 const REQUEST_MAX = ReqPin.size + PIN_BATCH_MAX * PinRange.size;
-/** x86 writes to this window are interrupts, never memory. Intel SDM volume 3, "Message Address Register". */
-const MSI_WINDOW = { start: 0xfee0_0000, end: 0xfeef_ffff };
 const PROBE_SIZE = 64;
 
 const bit = (feature: number): bigint => 1n << BigInt(feature);
@@ -62,17 +65,16 @@ const pinQuota = (frames: number): bigint =>
 export interface VirtioIommuOptions {
   readonly memory: GuestMemory;
   readonly tracker: Tracker;
-  /** Functions that are assigned and must be tracked. */
+  /** Functions that are assigned and must be tracked, in the order of their numbers in the software IOMMU. */
   readonly assigned: ReadonlySet<Bdf>;
-  /** Offer PIN_PAGE; otherwise the device is a plain bypass virtio-iommu. */
+  /** Offer PIN_PAGE; otherwise the device is a plain virtio-iommu. */
   readonly pinPage: boolean;
   /** Told what the host refused while nobody waited for an answer. */
   hostError(error: HostError): void;
 }
 
 /**
- * virtio-iommu (VIRTIO 1.2 section 5.13) with the PIN_PAGE extension (docs/abi.md section 3). Endpoints are in bypass;
- * requests of MAP_UNMAP, which is not offered, get UNSUPP.
+ * virtio-iommu (VIRTIO 1.2 section 5.13) with the PIN_PAGE extension (docs/abi.md section 3).
  */
 export class VirtioIommu implements VirtioDevice {
   readonly id = VIRTIO_ID_IOMMU;
@@ -82,6 +84,7 @@ export class VirtioIommu implements VirtioDevice {
   readonly #o: VirtioIommuOptions;
   readonly #config = new Uint8Array(Config.size);
   readonly #request = new Uint8Array(REQUEST_MAX);
+  readonly #remapping: RemappingRequests;
   #negotiated = 0n;
   #pinStatus = PIN_STATUS_OFF;
   /** Requests that were malformed: what a correct driver never sends. */
@@ -92,10 +95,15 @@ export class VirtioIommu implements VirtioDevice {
     this.#o = options;
     this.features =
       bit(VIRTIO_F_VERSION_1) |
+      bit(VIRTIO_IOMMU_F_INPUT_RANGE) |
+      bit(VIRTIO_IOMMU_F_DOMAIN_RANGE) |
+      bit(VIRTIO_IOMMU_F_MAP_UNMAP) |
       bit(VIRTIO_IOMMU_F_PROBE) |
       bit(VIRTIO_IOMMU_F_BYPASS_CONFIG) |
       (options.pinPage ? bit(VIRTIO_IOMMU_F_PIN_PAGE) | bit(VIRTIO_IOMMU_F_PIN_DIRTY) : 0n);
-    this.#resetConfig();
+    const endpoints: readonly number[] = [...options.assigned];
+    this.#remapping = new RemappingRequests(options.tracker.remapping, (e) => endpoints.indexOf(e));
+    this.#resetConfig(1);
   }
 
   accepts(features: bigint): boolean {
@@ -111,11 +119,17 @@ export class VirtioIommu implements VirtioDevice {
 
   reset(): void {
     this.#negotiated = 0n;
-    if (this.#o.tracker.active) this.#o.tracker.deactivate("device-reset");
-    this.#resetConfig();
+    const { tracker } = this.#o;
+    if (tracker.active) tracker.deactivate("device-reset");
+    // abi.md section 4, frozen: "as it was; nothing is unpinned".
+    tracker.remapping.reset(tracker.life === "frozen");
+    // Section 5.13.4: "Field bypass SHOULD NOT change on device reset, but SHOULD be restored to its initial value on
+    // system reset."
+    this.#resetConfig(Config.read(this.#config).bypass);
   }
 
   machineReset(): void {
+    this.#setBypass(1);
     try {
       this.#o.tracker.machineReset();
     } catch (error) {
@@ -137,7 +151,7 @@ export class VirtioIommu implements VirtioDevice {
     const completed = completedBy(Config, offset, from.length);
     // Section 5.13.4: bypass is 0 or 1, and writable with BYPASS_CONFIG.
     if (completed.has("bypass") && has(this.#negotiated, VIRTIO_IOMMU_F_BYPASS_CONFIG) && value.bypass <= 1)
-      Config.write(this.#config, { bypass: value.bypass });
+      this.#setBypass(value.bypass);
     if (!has(this.#negotiated, VIRTIO_IOMMU_F_PIN_PAGE)) return;
     const { assignedBitmap, dttRoot, dttLevels, pinFlags } = value;
     Config.write(this.#config, { assignedBitmap, dttRoot, dttLevels, pinFlags });
@@ -145,6 +159,11 @@ export class VirtioIommu implements VirtioDevice {
     // would name another page of the guest.
     if (completed.has("assignedBitmap")) this.#fillBitmap(assignedBitmap);
     if (completed.has("pinControl")) this.#control(value.pinControl);
+  }
+
+  #setBypass(bypass: number): void {
+    Config.write(this.#config, { bypass });
+    this.#o.tracker.remapping.setBypass(bypass === 1, this.#o.assigned.size);
   }
 
   #fillBitmap(gpa: number): boolean {
@@ -193,16 +212,16 @@ export class VirtioIommu implements VirtioDevice {
     return this.#o.tracker.activate(dttRoot, dttLevels, complete, marksDirty);
   }
 
-  #resetConfig(): void {
+  #resetConfig(bypass: number): void {
     const { tracker, pinPage } = this.#o;
     this.#pinStatus = PIN_STATUS_OFF;
     this.#config.fill(0);
     Config.write(this.#config, {
       pageSizeMask: 0xffff_ffff_ffff_f000n,
-      inputEnd: 0xffff_ffff_ffff_ffffn,
+      inputEnd: INPUT_END,
       domainEnd: 0xffff_ffff,
       probeSize: PROBE_SIZE,
-      bypass: 1,
+      bypass,
     });
     if (!pinPage) return;
     Config.write(this.#config, { pinBatchMax: PIN_BATCH_MAX, pinQuota: pinQuota(tracker.quota) });
@@ -254,12 +273,24 @@ export class VirtioIommu implements VirtioDevice {
       case VIRTIO_IOMMU_T_DETACH:
       case VIRTIO_IOMMU_T_MAP:
       case VIRTIO_IOMMU_T_UNMAP:
-        return this.#answer(chain.writable, new Uint8Array(0), VIRTIO_IOMMU_S_UNSUPP);
+        return this.#answer(chain.writable, new Uint8Array(0), this.#remap(type, request));
       default:
-        // Section 5.13.6.2: "If the device does not recognize a request type, it MUST NOT write the buffer and MUST
-        // set the used length to zero."
+        // Section 5.13.6.2: "If a request type is not recognized, the device SHOULD NOT write the buffer and SHOULD set
+        // the used length to zero."
         return this.#bad();
     }
+  }
+
+  #remap(type: number, request: Uint8Array): number {
+    // Section 5.13.6.3: "When the VIRTIO_IOMMU_F_BYPASS_CONFIG is negotiated, the driver can set the
+    // VIRTIO_IOMMU_ATTACH_F_BYPASS flag".
+    const bypass = has(this.#negotiated, VIRTIO_IOMMU_F_BYPASS_CONFIG);
+    if (type === VIRTIO_IOMMU_T_ATTACH)
+      return this.#remapping.attach(request, bypass ? VIRTIO_IOMMU_ATTACH_F_BYPASS : 0);
+    if (type === VIRTIO_IOMMU_T_DETACH) return this.#remapping.detach(request);
+    // Sections 5.13.6.5 and 5.13.6.6: "This request is only available when VIRTIO_IOMMU_F_MAP_UNMAP has been negotiated."
+    if (!has(this.#negotiated, VIRTIO_IOMMU_F_MAP_UNMAP)) return VIRTIO_IOMMU_S_UNSUPP;
+    return type === VIRTIO_IOMMU_T_MAP ? this.#remapping.map(request) : this.#remapping.unmap(request);
   }
 
   #pin(request: Uint8Array, length: number): number {
@@ -284,7 +315,8 @@ export class VirtioIommu implements VirtioDevice {
       return this.#answer(buffers, new Uint8Array(0), VIRTIO_IOMMU_S_INVAL);
     const { endpoint } = ReqProbe.read(request);
     const properties = new Uint8Array(PROBE_SIZE);
-    // "If the endpoint identified by endpoint doesn't exist, the device MUST set the request status to NOENT."
+    // "If the endpoint identified by endpoint doesn't exist, then the device SHOULD reject the request and set status to
+    // VIRTIO_IOMMU_S_NOENT."
     if (!this.#isAssigned(endpoint)) return this.#answer(buffers, properties, VIRTIO_IOMMU_S_NOENT);
     ProbeResvMem.write(properties, {
       type: VIRTIO_IOMMU_PROBE_T_RESV_MEM,

@@ -98,8 +98,8 @@ export const ReqMap = struct("virtio_iommu_req_map", 36, {
   type: u8(0),
   headReserved: bytes(3)(1),
   domain: le32(4),
-  virtStart: le64(8),
-  virtEnd: le64(16),
+  virtStart: le64bits(8),
+  virtEnd: le64bits(16),
   physStart: le64(24),
   flags: le32(32),
 });
@@ -107,8 +107,8 @@ export const ReqUnmap = struct("virtio_iommu_req_unmap", 28, {
   type: u8(0),
   headReserved: bytes(3)(1),
   domain: le32(4),
-  virtStart: le64(8),
-  virtEnd: le64(16),
+  virtStart: le64bits(8),
+  virtEnd: le64bits(16),
   reserved: bytes(4)(24),
 });
 export const ReqProbe = struct("virtio_iommu_req_probe", 72, {

@@ -9,18 +9,23 @@ import { Config, PIN_CONTROL_ON, PinRange, ReqPin } from "../../src/wire/virtio-
 import { type MachineOptions, machine } from "./machine.ts";
 
 const bit = (n: number) => 1n << BigInt(n);
+export const INPUT_RANGE = bit(0);
+export const DOMAIN_RANGE = bit(1);
+export const MAP_UNMAP = bit(2);
 export const BYPASS = bit(3);
 export const PROBE = bit(4);
 export const BYPASS_CONFIG = bit(6);
 export const PIN_PAGE = bit(16);
 export const PIN_DIRTY = bit(17);
 export const VERSION_1 = bit(32);
-export const NEGOTIATED = VERSION_1 | PROBE | BYPASS_CONFIG | PIN_PAGE;
+export const NEGOTIATED =
+  VERSION_1 | INPUT_RANGE | DOMAIN_RANGE | MAP_UNMAP | PROBE | BYPASS_CONFIG | PIN_PAGE;
 
 /** Status of a request: VIRTIO 1.2 section 5.13.6. */
 export const OK = 0;
 export const IOERR = 1;
 export const UNSUPP = 2;
+export const DEVERR = 3;
 export const INVAL = 4;
 export const RANGE = 5;
 export const NOENT = 6;
