@@ -72,7 +72,11 @@ export class Attachment {
     this.#qmp = qmp;
     this.#options = options;
     this.#quota = options.quota(ram.memoryMiB);
-    this.#parts = new Parts({ ...options, strategy: STRATEGY, quota: this.#quota, frames: ram.frames });
+    this.#parts = new Parts({
+      ...{ ...options, strategy: STRATEGY, quota: this.#quota, frames: ram.frames },
+      // They are QEMU's: behind its IOMMU, not ours.
+      assigned: options.assigned.map((bdf) => ({ bdf })),
+    });
     this.pins = this.#parts.pins;
     this.failed = this.#parts.failed.promise;
     this.ended = Promise.race([
@@ -127,8 +131,8 @@ export class Attachment {
         { ...device, iommu_platform: true, "disable-legacy": "on" },
         {
           // Before the guest's driver can bind.
-          before: (place) => this.#parts.backendWorker.request("assign", place),
-          refused: (place) => this.#parts.backendWorker.request("unassign", place),
+          before: (bdf) => this.#parts.backendWorker.request("assign", { bdf, gate: disk.gate }),
+          refused: (bdf) => this.#parts.backendWorker.request("unassign", bdf),
         },
       );
       this.devices.push(disk.counters);

@@ -8,7 +8,7 @@ import { UnixSocket } from "../host/socket.ts";
 import { CommandServer, type WorkerBase } from "../machine/commands.ts";
 import type { TrackerOptions } from "../tracking/tracker.ts";
 import { MpqemuServer } from "../transport/mpqemu.ts";
-import { HostSide, type HostSideData, type Stopped } from "./host-side.ts";
+import { type AssignedFunction, HostSide, type HostSideData, type Stopped } from "./host-side.ts";
 
 export interface BackendData extends HostSideData {
   readonly wakeFd: number;
@@ -47,7 +47,7 @@ export class Backend {
     this.#commands = new CommandServer(data, {
       ...this.#host.commands,
       started: () => this.#host.started(),
-      assign: (bdf: Bdf) => this.#host.assign(bdf),
+      assign: (assigned: AssignedFunction) => this.#host.assign(assigned),
       unassign: (bdf: Bdf) => this.#host.unassign(bdf),
       stop: () => this.#stop(),
       ...this.#host.dirtyCommands,

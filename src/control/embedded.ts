@@ -196,7 +196,7 @@ class Threads {
     const { strategy, policy, interval, quota, pinner, backendEntry } = this.#options;
     const data = {
       ...{ ram: this.ram.ram, iommu: this.#iommu, mailbox: this.#mailbox, bell: this.#backendBell },
-      ...{ counters: pins, assigned: this.#plan.map((device) => device.endpoint) },
+      ...{ counters: pins, assigned: this.#plan.map(({ endpoint }, gate) => ({ bdf: endpoint, gate })) },
       ...{ strategy, policy, interval, quota, pinner, firmware: false },
     } satisfies EmbeddedBackendData;
     const entry = backendEntry ?? workerEntry(import.meta.url, "./embedded-backend-worker");

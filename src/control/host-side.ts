@@ -19,11 +19,18 @@ import type { DirtyCommands } from "./dirty.ts";
 export type Strategy = "none" | "static" | "coiommu";
 export type PinnerName = "io_uring" | "software";
 
+/** An assigned function. */
+export interface AssignedFunction {
+  readonly bdf: Bdf;
+  /** Its number in the software IOMMU, if its DMA goes through that. */
+  readonly gate?: number;
+}
+
 export interface HostSideData {
   readonly iommu: SharedArrayBuffer;
   readonly counters: SharedArrayBuffer;
   /** Functions that are tracked from the start. */
-  readonly assigned: readonly Bdf[];
+  readonly assigned: readonly AssignedFunction[];
   readonly strategy: Strategy;
   /** Whether firmware runs before the guest's driver, and may make devices use memory. */
   readonly firmware: boolean;
@@ -84,7 +91,7 @@ export class HostSide {
   readonly #data: HostSideData;
   readonly #warn: (text: string) => void;
   readonly #iommu: SoftwareIommu;
-  readonly #assigned: Set<Bdf>;
+  readonly #assigned: Map<Bdf, number | undefined>;
   readonly #pinner: Pinner;
   readonly #tracker: Tracker;
   readonly #device: VirtioIommu;
@@ -103,7 +110,7 @@ export class HostSide {
     this.#iommu = new SoftwareIommu(data.iommu, monotonicClock);
     this.#iommu.setOpen(data.strategy === "none");
     this.#pinner = data.pinner === "io_uring" ? new IoUringPinner() : new SoftwarePinner();
-    this.#assigned = new Set(data.assigned);
+    this.#assigned = new Map(data.assigned.map(({ bdf, gate }) => [bdf, gate]));
     this.#kernelPagesBefore = this.#pinner.kernelPinnedPages();
     this.#tracker = new Tracker({
       memory: this.memory,
@@ -142,13 +149,16 @@ export class HostSide {
 
   /**
    * A function is plugged, or gone. The guest's driver asks which ones are assigned whenever one binds. What a function
-   * that is gone had mapped is unpinned as ever: when its driver has unmapped it.
+   * that is gone had mapped is unpinned as ever: when its driver has unmapped it. It is attached to no domain any more.
    */
-  assign(bdf: Bdf): void {
-    this.#assigned.add(bdf);
+  assign({ bdf, gate }: AssignedFunction): void {
+    this.#assigned.set(bdf, gate);
+    if (gate !== undefined) this.#tracker.remapping.add(gate);
   }
   unassign(bdf: Bdf): void {
+    const gate = this.#assigned.get(bdf);
     this.#assigned.delete(bdf);
+    if (gate !== undefined) this.#tracker.remapping.remove(gate);
   }
 
   /** Answer devices that ask for frames which they touch before the guest's driver is active. */

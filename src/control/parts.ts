@@ -1,6 +1,5 @@
 import { setTimeout as sleep } from "node:timers/promises";
 import { type Errno, invariant, UserError } from "../base/errors.ts";
-import type { Bdf } from "../base/units.ts";
 import type { StoreOptions } from "../device/block-store.ts";
 import { DEVICE_COUNTERS, type DeviceCounters } from "../device/counters.ts";
 import { EventFd } from "../host/eventfd.ts";
@@ -12,7 +11,7 @@ import { createIommuBuffer, DEVICES_MAX } from "../tracking/software-iommu.ts";
 import { TRACKING_COUNTERS, type TrackingCounters } from "../tracking/tracker.ts";
 import type { BackendData } from "./backend.ts";
 import type { DiskData, DiskStopped } from "./disk.ts";
-import type { Started, Stopped } from "./host-side.ts";
+import type { AssignedFunction, Started, Stopped } from "./host-side.ts";
 import type { MachineEnd, MachineOptions } from "./machine.ts";
 
 type Settings =
@@ -29,7 +28,7 @@ export interface PartsOptions extends Pick<MachineOptions, Settings> {
   /** GFNs that the IOMMU's table covers, from 0. */
   readonly frames: number;
   /** Functions that are tracked from the start. */
-  readonly assigned: readonly Bdf[];
+  readonly assigned: readonly AssignedFunction[];
 }
 
 /** An assigned disk of ours: its thread, and QEMU's end of its socket until somebody takes it. */

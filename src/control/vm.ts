@@ -74,7 +74,7 @@ export class Vm implements Machine {
   /** Throws UserError when a part cannot start; then nothing is left behind. */
   static async start(options: VmOptions): Promise<Vm> {
     const frames = (options.memoryMiB * 2 ** 20) / FRAME_SIZE + PCI_HOLE_FRAMES;
-    const parts = new Parts({ ...options, frames, assigned: [DISK_BDF] });
+    const parts = new Parts({ ...options, frames, assigned: [{ bdf: DISK_BDF, gate: 0 }] });
     let qemu: Qemu | undefined;
     try {
       const disk = await parts.addDisk(options.disk);

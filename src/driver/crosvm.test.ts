@@ -19,7 +19,10 @@ function guest(options: MachineOptions = {}) {
   const device = new CrosvmFunction({
     memory: m.memory,
     tracker: m.tracker,
-    assigned: new Set([endpoint, NIC as Bdf]),
+    assigned: new Map([
+      [endpoint, 0],
+      [NIC as Bdf, 1],
+    ]),
     hostError: (error) => assert.fail(error),
   });
   const count = counters(DRIVER_COUNTERS, countersBuffer(DRIVER_COUNTERS));

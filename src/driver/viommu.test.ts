@@ -24,7 +24,10 @@ function guest(options: Parameters<typeof machine>[0] = {}, driverOptions: Parti
   const device = new VirtioIommu({
     memory: m.memory,
     tracker: m.tracker,
-    assigned: new Set([endpoint, NIC as Bdf]),
+    assigned: new Map([
+      [endpoint, 0],
+      [NIC as Bdf, 1],
+    ]),
     pinPage: true,
     hostError: (error) => assert.fail(error),
   });

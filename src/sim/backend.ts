@@ -1,12 +1,12 @@
 import { HostError } from "../base/errors.ts";
-import type { Bdf, Gfn, Nanoseconds } from "../base/units.ts";
+import type { Gfn, Nanoseconds } from "../base/units.ts";
 import type { GuestMemory } from "../memory/guest-memory.ts";
 import type { UnpinPolicy } from "../policy/policy.ts";
 import type { DirtySlice } from "../tracking/dirty.ts";
 import type { BeforeActivation } from "../tracking/life.ts";
 import { SoftwareIommu } from "../tracking/software-iommu.ts";
 import { Tracker, type TrackerOptions, type TrackingCounters } from "../tracking/tracker.ts";
-import type { PciFunction } from "../virtio/device.ts";
+import type { Assigned, PciFunction } from "../virtio/device.ts";
 import { VIRTIO_IOMMU_S_OK } from "../wire/virtio-iommu.ts";
 import type { Bus } from "./bus.ts";
 import { FakeHost, type HostFaults, type HostObserver } from "./fake-host.ts";
@@ -26,7 +26,7 @@ export interface BackendOptions {
   /** When it starts; operators change it by orders. */
   readonly quota: () => number;
   readonly beforeActivation: BeforeActivation;
-  readonly assigned: ReadonlySet<Bdf>;
+  readonly assigned: Assigned;
   readonly passInterval: Nanoseconds;
   /** Between two harvests of dirty frames; Infinity for none. */
   readonly harvestInterval: Nanoseconds;

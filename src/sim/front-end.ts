@@ -7,7 +7,7 @@ import { type DriverCpu, type DriverPlaces, GuestDriver } from "../driver/viommu
 import type { GuestMemory } from "../memory/guest-memory.ts";
 import type { Tracker } from "../tracking/tracker.ts";
 import { CrosvmFunction } from "../virtio/crosvm-function.ts";
-import type { PciFunction } from "../virtio/device.ts";
+import type { Assigned, PciFunction } from "../virtio/device.ts";
 import { VirtioIommu } from "../virtio/iommu.ts";
 import { VirtioPciFunction } from "../virtio/pci.ts";
 
@@ -30,7 +30,7 @@ export interface Places<Own = unknown> {
 export interface FrontEnd<Own = unknown> {
   /** Whether a driver learns why it was refused; otherwise it only sees that P is clear. */
   readonly tellsWhy: boolean;
-  serve(o: { memory: GuestMemory; tracker: Tracker; assigned: ReadonlySet<Bdf> }): PciFunction;
+  serve(o: { memory: GuestMemory; tracker: Tracker; assigned: Assigned }): PciFunction;
   /** On CPU 0. */
   activate(on: DriverCpu, pages: PageAllocator, cpus: number): Places<Own>;
   open(on: DriverCpu, cpu: number, places: Places<Own>): FrontEndDriver;

@@ -277,7 +277,7 @@ export class World {
       policy: () => new LruPolicy(),
       quota: () => this.#quota,
       beforeActivation: settings.beforeActivation,
-      assigned: new Set([ENDPOINT]),
+      assigned: new Map([[ENDPOINT, 0]]),
       passInterval: milliseconds(settings.interval),
       harvestInterval: milliseconds(settings.harvestInterval),
       harvestSlice: settings.harvestSlice,

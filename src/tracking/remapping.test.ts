@@ -76,16 +76,36 @@ test("a device in bypass domain or out of all domains reaches frames that are pi
   const m = mapped();
   const { remapping } = m.tracker;
   const other = (gfn: number) => m.otherGate.translate(gfn, "write");
-  remapping.setBypass(false, DEVICES_MAX);
+  remapping.setBypass(false, [0, 1]);
   assert.deepEqual([other(5), ...reach(m, "read", 100)], [-1, 5]);
   assert.equal(remapping.attach(1, 9, true), OK);
   assert.deepEqual([other(5), other(8)], [5, -1]);
   assert.equal(remapping.detach(1, 9), OK);
   assert.equal(other(5), -1);
-  remapping.setBypass(true, DEVICES_MAX);
+  remapping.setBypass(true, [0, 1]);
   assert.equal(other(5), 5);
   for (let endpoint = 2; endpoint < DEVICES_MAX; endpoint++)
     assert.equal(remapping.attach(endpoint, endpoint, false), OK);
+});
+
+test("an endpoint that is gone leaves its domain; the next one with its number is as bypass says", () => {
+  const m = mapped();
+  const { remapping } = m.tracker;
+  assert.equal(remapping.attach(1, 7, false), OK);
+  remapping.remove(0);
+  assert.deepEqual(
+    [...reach(m, "read", 100, 5), m.otherGate.translate(100, "write")],
+    [-1, 5, 5],
+    "5 is in bypass",
+  );
+  remapping.remove(1);
+  assert.deepEqual([m.tracker.pinned, remapping.mappings, ...reach(m, "read", 5)], [0, 0, -1]);
+  remapping.setBypass(false, []);
+  remapping.add(0);
+  assert.equal(remapping.attach(1, 9, true), OK);
+  assert.equal(remapping.attach(1, 7, false), OK);
+  assert.equal(remapping.map(7, mapping(1, 1, 6)), OK);
+  assert.deepEqual(reach(m, "read", 6), [-1], "pinned, but bypass is off");
 });
 
 test("what firmware asks for is granted to a device in bypass only", () => {

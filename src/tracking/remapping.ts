@@ -43,10 +43,22 @@ export class Remapping {
   }
 
   /** Whether those of `endpoints` that are attached to no domain are in bypass; otherwise they reach nothing. */
-  setBypass(bypass: boolean, endpoints: number): void {
+  setBypass(bypass: boolean, endpoints: Iterable<number>): void {
     this.#bypass = bypass;
-    for (let endpoint = 0; endpoint < endpoints; endpoint++)
+    for (const endpoint of endpoints)
       if (!this.#domains.of(endpoint)) this.#iommu.setContext(endpoint, this.#unattached);
+  }
+
+  /** An endpoint is plugged. */
+  add(endpoint: number): void {
+    this.#iommu.setContext(endpoint, this.#unattached);
+  }
+
+  /** An endpoint is gone, and with it the domain that had no other. */
+  remove(endpoint: number): void {
+    if (!this.#domains.of(endpoint)) return;
+    this.#iommu.setContext(endpoint, this.#unattached);
+    this.#leave(endpoint);
   }
 
   attach(endpoint: number, id: number, bypass: boolean): number {

@@ -20,7 +20,7 @@ function fixture(quota = Number.POSITIVE_INFINITY) {
   const device = new CrosvmFunction({
     memory: m.memory,
     tracker: m.tracker,
-    assigned: new Set([DISK as Bdf]),
+    assigned: new Map([[DISK as Bdf, 0]]),
     hostError: (error) => assert.fail(error),
   });
   [MMIO, SLOTS, TOPOLOGY].forEach((address, i) => void device.configWrite(barRegister(2 * i), 4, address));

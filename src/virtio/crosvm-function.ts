@@ -24,7 +24,7 @@ import {
 import { barRegister, PCI_COMMAND_WRITABLE, PCI_CONFIG_SIZE, PciHeader } from "../wire/pci.ts";
 import { completedBy, getUint, putUint } from "../wire/struct.ts";
 import { VIRTIO_IOMMU_S_OK } from "../wire/virtio-iommu.ts";
-import type { PciFunction } from "./device.ts";
+import type { Assigned, PciFunction } from "./device.ts";
 
 const BARS = [COIOMMU_MMIO_BAR, COIOMMU_NOTIFYMAP_BAR, COIOMMU_TOPOLOGYMAP_BAR];
 /** Request slots, and so vCPUs that can ask. */
@@ -35,7 +35,7 @@ const PIECE_FRAMES = 512;
 export interface CrosvmFunctionOptions {
   readonly memory: GuestMemory;
   readonly tracker: Tracker;
-  readonly assigned: ReadonlySet<Bdf>;
+  readonly assigned: Assigned;
   /** Told what the host refused while nobody waited for an answer. */
   hostError(error: HostError): void;
 }
@@ -57,7 +57,7 @@ export class CrosvmFunction implements PciFunction {
 
   constructor(options: CrosvmFunctionOptions) {
     this.#o = options;
-    const bdfs = [...options.assigned].slice(0, COIOMMU_BAR_SIZE / 2 - 1);
+    const bdfs = [...options.assigned.keys()].slice(0, COIOMMU_BAR_SIZE / 2 - 1);
     putUint(this.#topology, 0, 2, BigInt(bdfs.length));
     bdfs.forEach((bdf, i) => void putUint(this.#topology, 2 * (i + 1), 2, BigInt(bdf)));
   }

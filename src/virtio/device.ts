@@ -1,4 +1,8 @@
+import type { Bdf } from "../base/units.ts";
 import type { SplitQueue } from "./queue.ts";
+
+/** Functions that are assigned, and so tracked: each one's number in the software IOMMU, or undefined behind another. */
+export type Assigned = ReadonlyMap<Bdf, number | undefined>;
 
 /** A virtio device model, without its transport. Register offsets are relative to its device configuration. */
 export interface VirtioDevice {

@@ -7,6 +7,7 @@ import {
   BYPASS_CONFIG,
   DEVERR,
   DISK,
+  FOREIGN,
   INVAL,
   MAP_UNMAP,
   NIC,
@@ -69,6 +70,16 @@ test("DETACH of the last endpoint releases what its domain mapped", () => {
   const r = mapped();
   assert.equal(r.status(detachRequest()), OK);
   assert.deepEqual([...reach(r, 100, 5), r.tracker.pinned], [-1, -1, 0]);
+});
+
+test("a function behind another IOMMU is asked for in vain, and is not touched by bypass", () => {
+  const r = started();
+  assert.deepEqual(
+    [r.status(attachRequest({ endpoint: FOREIGN })), r.status(detachRequest({ endpoint: FOREIGN }))],
+    [UNSUPP, UNSUPP],
+  );
+  r.set("bypass", 0);
+  assert.equal(r.get("bypass"), 0);
 });
 
 test("ATTACH moves an endpoint from another domain, as if by DETACH", () => {

@@ -1,4 +1,4 @@
-import type { Gfn } from "../base/units.ts";
+import type { Bdf, Gfn } from "../base/units.ts";
 import { IOVA_PAGES } from "../tracking/iova-tables.ts";
 import type { Remapping } from "../tracking/remapping.ts";
 import {
@@ -12,7 +12,9 @@ import {
   VIRTIO_IOMMU_S_INVAL,
   VIRTIO_IOMMU_S_NOENT,
   VIRTIO_IOMMU_S_RANGE,
+  VIRTIO_IOMMU_S_UNSUPP,
 } from "../wire/virtio-iommu.ts";
+import type { Assigned } from "./device.ts";
 
 /** x86 writes to this window are interrupts, never memory. Intel SDM volume 3, "Message Address Register". */
 export const MSI_WINDOW = { start: 0xfee0_0000, end: 0xfeef_ffff };
@@ -26,12 +28,11 @@ const pageOf = (address: bigint): number => Number(address >> 12n);
 /** ATTACH, DETACH, MAP and UNMAP: VIRTIO 1.2 sections 5.13.6.3 to 5.13.6.6, whose sentences are quoted. */
 export class RemappingRequests {
   readonly #remapping: Remapping;
-  /** Number of an endpoint in the software IOMMU, or -1. */
-  readonly #deviceOf: (endpoint: number) => number;
+  readonly #assigned: Assigned;
 
-  constructor(remapping: Remapping, deviceOf: (endpoint: number) => number) {
+  constructor(remapping: Remapping, assigned: Assigned) {
     this.#remapping = remapping;
-    this.#deviceOf = deviceOf;
+    this.#assigned = assigned;
   }
 
   /** `known`: flags that exist, BYPASS with BYPASS_CONFIG. */
@@ -42,10 +43,11 @@ export class RemappingRequests {
     // VIRTIO_IOMMU_S_INVAL." "If the device does not recognize a flags bit, it MUST reject the request and set status to
     // VIRTIO_IOMMU_S_INVAL."
     if (reserved.some((b) => b !== 0) || flags & ~known) return VIRTIO_IOMMU_S_INVAL;
-    const device = this.#deviceOf(endpoint);
     // "If the endpoint identified by endpoint doesn't exist, the device MUST reject the request and set status to
     // VIRTIO_IOMMU_S_NOENT."
-    if (device < 0) return VIRTIO_IOMMU_S_NOENT;
+    if (!this.#assigned.has(endpoint as Bdf)) return VIRTIO_IOMMU_S_NOENT;
+    const device = this.#assigned.get(endpoint as Bdf);
+    if (device === undefined) return VIRTIO_IOMMU_S_UNSUPP; // another IOMMU says what it reaches
     return this.#remapping.attach(device, domain, (flags & VIRTIO_IOMMU_ATTACH_F_BYPASS) !== 0);
   }
 
@@ -53,11 +55,11 @@ export class RemappingRequests {
     if (request.length < ReqDetach.size) return VIRTIO_IOMMU_S_INVAL;
     // "The device MUST ignore reserved."
     const { domain, endpoint } = ReqDetach.read(request);
-    const device = this.#deviceOf(endpoint);
     // "If the endpoint identified by endpoint doesn't exist, then the device MUST reject the request and set status to
     // VIRTIO_IOMMU_S_NOENT."
-    if (device < 0) return VIRTIO_IOMMU_S_NOENT;
-    return this.#remapping.detach(device, domain);
+    if (!this.#assigned.has(endpoint as Bdf)) return VIRTIO_IOMMU_S_NOENT;
+    const device = this.#assigned.get(endpoint as Bdf);
+    return device === undefined ? VIRTIO_IOMMU_S_UNSUPP : this.#remapping.detach(device, domain);
   }
 
   map(request: Uint8Array): number {

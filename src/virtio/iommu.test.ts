@@ -9,6 +9,7 @@ import {
   BYPASS_CONFIG,
   type ConfigField,
   DISK,
+  FOREIGN,
   INVAL,
   NEGOTIATED,
   NIC,
@@ -134,7 +135,7 @@ test("the assigned bitmap has the bits of the assigned functions, and is written
     assert.deepEqual(r.assigned(), []);
   }
   r.device.configWrite(71, address.subarray(7, 8));
-  assert.deepEqual(r.assigned(), [DISK, NIC]);
+  assert.deepEqual(r.assigned(), [DISK, NIC, FOREIGN]);
 });
 
 test("a 64-bit address whose low half names a page of the guest is not acted upon before the high half", () => {
@@ -162,7 +163,7 @@ for (const bitmap of [BITMAP + 512, (RAM_FRAMES - 1) * 4096, 2 ** 40, 2 ** 52, 2
 test("PIN on: pin_status is 1, the bitmap is filled, the tracker is tracking", () => {
   const r = viommu();
   assert.equal(r.on(), 1);
-  assert.deepEqual([r.tracker.life, r.assigned()], ["tracked", [DISK, NIC]]);
+  assert.deepEqual([r.tracker.life, r.assigned()], ["tracked", [DISK, NIC, FOREIGN]]);
 });
 
 const ROOT = TABLE_FRAME * 4096;

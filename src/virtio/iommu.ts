@@ -44,7 +44,7 @@ import {
   VIRTIO_IOMMU_T_PROBE,
   VIRTIO_IOMMU_T_UNMAP,
 } from "../wire/virtio-iommu.ts";
-import type { VirtioDevice } from "./device.ts";
+import type { Assigned, VirtioDevice } from "./device.ts";
 import { INPUT_END, MSI_WINDOW, RemappingRequests } from "./iommu-requests.ts";
 import { type Buffer, type Chain, lengthOf, MalformedChain, type SplitQueue } from "./queue.ts";
 
@@ -65,8 +65,7 @@ const pinQuota = (frames: number): bigint =>
 export interface VirtioIommuOptions {
   readonly memory: GuestMemory;
   readonly tracker: Tracker;
-  /** Functions that are assigned and must be tracked, in the order of their numbers in the software IOMMU. */
-  readonly assigned: ReadonlySet<Bdf>;
+  readonly assigned: Assigned;
   /** Offer PIN_PAGE; otherwise the device is a plain virtio-iommu. */
   readonly pinPage: boolean;
   /** Told what the host refused while nobody waited for an answer. */
@@ -101,8 +100,7 @@ export class VirtioIommu implements VirtioDevice {
       bit(VIRTIO_IOMMU_F_PROBE) |
       bit(VIRTIO_IOMMU_F_BYPASS_CONFIG) |
       (options.pinPage ? bit(VIRTIO_IOMMU_F_PIN_PAGE) | bit(VIRTIO_IOMMU_F_PIN_DIRTY) : 0n);
-    const endpoints: readonly number[] = [...options.assigned];
-    this.#remapping = new RemappingRequests(options.tracker.remapping, (e) => endpoints.indexOf(e));
+    this.#remapping = new RemappingRequests(options.tracker.remapping, options.assigned);
     this.#resetConfig(1);
   }
 
@@ -163,13 +161,14 @@ export class VirtioIommu implements VirtioDevice {
 
   #setBypass(bypass: number): void {
     Config.write(this.#config, { bypass });
-    this.#o.tracker.remapping.setBypass(bypass === 1, this.#o.assigned.size);
+    const endpoints = [...this.#o.assigned.values()].filter((e) => e !== undefined);
+    this.#o.tracker.remapping.setBypass(bypass === 1, endpoints);
   }
 
   #fillBitmap(gpa: number): boolean {
     if (gpa % 4096 || !this.#o.memory.find(gpa, ASSIGNED_BITMAP_SIZE)) return false;
     const bitmap = new Uint8Array(ASSIGNED_BITMAP_SIZE);
-    for (const bdf of this.#o.assigned) bitmap[bdf >> 3]! |= 1 << (bdf & 7);
+    for (const bdf of this.#o.assigned.keys()) bitmap[bdf >> 3]! |= 1 << (bdf & 7);
     this.#o.memory.write(gpa, bitmap);
     return true;
   }

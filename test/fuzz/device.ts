@@ -109,7 +109,7 @@ class FuzzedDevice {
     const device = new VirtioIommu({
       memory: this.#memory,
       tracker: this.#tracker,
-      assigned: new Set([PIPE_ENDPOINT as Bdf]),
+      assigned: new Map([[PIPE_ENDPOINT as Bdf, 0]]),
       pinPage: true,
       hostError: () => {},
     });

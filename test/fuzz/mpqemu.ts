@@ -83,7 +83,7 @@ function serverFor(peer: Peer, closeFd: (fd: number) => void) {
     quota: Number.POSITIVE_INFINITY,
     beforeActivation: "bios",
   });
-  const assigned = new Set([0x20 as Bdf]);
+  const assigned = new Map([[0x20 as Bdf, 0]]);
   const device = new VirtioIommu({ memory, tracker, assigned, pinPage: true, hostError: () => {} });
   const server = new MpqemuServer({
     socket: peer,

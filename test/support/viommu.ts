@@ -2,6 +2,7 @@ import assert from "node:assert/strict";
 import type { HostError } from "../../src/base/errors.ts";
 import type { Bdf, Gpa } from "../../src/base/units.ts";
 import type { GuestMemory } from "../../src/memory/guest-memory.ts";
+import type { Assigned } from "../../src/virtio/device.ts";
 import { DriverQueue, layoutAt } from "../../src/virtio/driver-queue.ts";
 import { VirtioIommu } from "../../src/virtio/iommu.ts";
 import { type Buffer as GuestBuffer, SplitQueue } from "../../src/virtio/queue.ts";
@@ -32,9 +33,15 @@ export const NOENT = 6;
 export const FAULT = 7;
 export const NOMEM = 8;
 
-/** The assigned functions. */
+/** The assigned functions; the last one is behind another IOMMU. */
 export const DISK = 0x20;
 export const NIC = 0x103;
+export const FOREIGN = 0x140;
+const ASSIGNED: Assigned = new Map([
+  [DISK as Bdf, 0],
+  [NIC as Bdf, 1],
+  [FOREIGN as Bdf, undefined],
+]);
 /** Where the driver keeps its bitmap, a request and the answer. */
 export const BITMAP = 1900 * 4096;
 export const REQUEST = 0x2_0000;
@@ -111,7 +118,7 @@ export function viommu({ pinPage = true, ...options }: ViommuOptions = {}) {
   const device = new VirtioIommu({
     memory,
     tracker,
-    assigned: new Set([DISK as Bdf, NIC as Bdf]),
+    assigned: ASSIGNED,
     pinPage,
     hostError: (error) => hostErrors.push(error),
   });
