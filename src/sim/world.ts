@@ -263,7 +263,9 @@ export class World {
     };
   }
 
-  readonly #idleWord = (index: number): boolean => isIdleIommuWord(index, this.settings.devices);
+  /** A hostile guest's garbage may be a request for a domain. */
+  readonly #idleWord = (index: number): boolean =>
+    !this.settings.hostile && isIdleIommuWord(index, this.settings.devices);
 
   #makeBackend(twin: NonNullable<Twin["backend"]>): Backend {
     const { settings } = this;

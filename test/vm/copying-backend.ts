@@ -47,10 +47,17 @@ const { stop } = HostSide.prototype;
 HostSide.prototype.stop = function (disconnect) {
   const written: [number, string][] = JSON.parse(readFileSync(process.env.COIOMMU_TEST_WRITTEN!, "utf8"));
   const hash = (bytes: Uint8Array) => createHash("sha1").update(bytes).digest("hex");
-  // The kernel may have put something else there since: then nothing can be said.
-  const unchanged = written.filter(([gfn, last]) => hash(frameIn(memory!, gfn)) === last).map(([gfn]) => gfn);
+  // The kernel may have put something else there since, or zeros in a frame that had zeros: then nothing can be said.
+  const zeros = hash(new Uint8Array(FRAME));
+  const unchanged = written
+    .filter(([gfn, last]) => last !== zeros && hash(frameIn(memory!, gfn)) === last)
+    .map(([gfn]) => gfn);
   const wrong = unchanged.filter((gfn) => Buffer.compare(frameIn(copy, gfn), frameIn(memory!, gfn)) !== 0);
-  const found = { written: written.length, unchanged: unchanged.length, wrong: wrong.length };
+  const begins = (bytes: Uint8Array) => Buffer.from(bytes).toString("hex", 0, 16);
+  const example = wrong
+    .slice(0, 1)
+    .map((gfn) => [gfn, begins(frameIn(copy, gfn)), begins(frameIn(memory!, gfn))]);
+  const found = { written: written.length, unchanged: unchanged.length, wrong: wrong.length, example };
   writeFileSync(process.env.COIOMMU_TEST_FOUND!, JSON.stringify(found));
   return stop.call(this, disconnect);
 };
