@@ -112,6 +112,38 @@ test("a busy guest is watched and steered, by two clients at once", async (t) =>
   await ends(cli, path);
 });
 
+interface Harvest {
+  readonly frames: number;
+  readonly ranges: readonly { readonly firstFrame: number; readonly frames: number }[];
+}
+
+test("what a busy disk writes is harvested until it is stopped", async (t) => {
+  const path = socketPath(t);
+  const { cli, ask: send } = await running(
+    t,
+    path,
+    "--workload",
+    "fio:rw=randread,bs=4k,seconds=600,size=8M",
+  );
+  const harvest = async () => (await send("POST", "/v1/dirty/harvest")).body as Harvest;
+  assert.deepEqual((await send("POST", "/v1/dirty/start")).body, { dirtyTracking: true });
+  for (let round = 0; round < 3; round++) {
+    const { frames, ranges } = await harvest();
+    assert.ok(frames > 0);
+    assert.equal(
+      ranges.reduce((sum, range) => sum + range.frames, 0),
+      frames,
+    );
+    assert.ok(ranges.every((range) => range.firstFrame + range.frames <= 65_536));
+  }
+  const both = await Promise.all([send("POST", "/v1/dirty/harvest"), send("POST", "/v1/dirty/harvest")]);
+  for (const { status } of both) assert.ok(status === 200 || status === 409);
+  assert.deepEqual((await send("POST", "/v1/dirty/stop")).body, { dirtyTracking: false });
+  const after = await send("POST", "/v1/dirty/harvest");
+  assert.deepEqual([after.status, errorOf(after).message], [409, "dirty tracking has not been started"]);
+  await ends(cli, path);
+});
+
 const errorOf = ({ body }: Answer) =>
   (body as { error: { code: string; message: string; field: string | null } }).error;
 
@@ -140,6 +172,8 @@ test("every request that is wrong is told so, with the field", async (t) => {
     ["POST", "/v1/park", undefined, 400, "invalid", "parked"],
     ["POST", "/v1/unpin", { frames: 0 }, 400, "invalid", "frames"],
     ["POST", "/v1/unpin", { firstFrame: -1 }, 400, "invalid", "firstFrame"],
+    ["GET", "/v1/dirty/harvest", undefined, 405, "method_not_allowed", null],
+    ["POST", "/v1/dirty/harvest", undefined, 409, "refused", null],
   ] as const) {
     const answer = await send(method, route, body);
     const error = errorOf(answer);

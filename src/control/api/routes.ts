@@ -104,6 +104,42 @@ export const ROUTES: readonly Route[] = [
     serve: ({ machine }, { firstFrame = 0, frames = Number.POSITIVE_INFINITY }, gone) =>
       machine.operator.unpinIdle(firstFrame, firstFrame + frames, gone),
   }),
+  route({
+    ...{
+      method: "POST",
+      path: "/v1/dirty/start",
+      summary: "Tell what devices write from now on; copy all memory then",
+    },
+    answer: schemas.Tracked,
+    async serve({ machine }) {
+      await machine.dirty.start();
+      return { dirtyTracking: true };
+    },
+  }),
+  route({
+    ...{
+      method: "POST",
+      path: "/v1/dirty/harvest",
+      summary: "What devices have written since the last one, or may be writing",
+    },
+    answer: schemas.Harvest,
+    async serve({ machine }) {
+      const pairs = await machine.dirty.harvest();
+      const ranges = Array.from({ length: pairs.length / 2 }, (_, i) => ({
+        firstFrame: pairs[2 * i]!,
+        frames: pairs[2 * i + 1]!,
+      }));
+      return { frames: ranges.reduce((sum, { frames }) => sum + frames, 0), ranges };
+    },
+  }),
+  route({
+    ...{ method: "POST", path: "/v1/dirty/stop", summary: "Tell no more of it" },
+    answer: schemas.Tracked,
+    async serve({ machine }) {
+      await machine.dirty.stop();
+      return { dirtyTracking: false };
+    },
+  }),
 ];
 
 const quotaOf = ({ quota, framesNow }: TrackingCounters) => ({

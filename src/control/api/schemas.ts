@@ -49,6 +49,16 @@ export const Unpinned = exactly({
   },
 });
 
+export const Tracked = exactly({
+  dirtyTracking: { ...Type.Boolean(), description: "Whether writes of devices are told from now on" },
+});
+export const Harvest = exactly({
+  frames: Count,
+  ranges: Type.Array(exactly({ firstFrame: Count, frames: Count }), {
+    description: "In no order; copy each after this answer. An answer that got lost: start anew",
+  }),
+});
+
 export const State = exactly({
   machine: Type.Enum(["qemu", "embedded"]),
   strategy: Type.Enum(["none", "static", "coiommu"]),
