@@ -118,6 +118,9 @@ const LABELS: Readonly<Record<keyof WorldStatistics, string>> = {
   machineResets: "resets of the machine",
   operatorOrders: "orders of the operator",
   harvests: "harvests of dirty frames",
+  moves: "moves of a device between the table and a domain",
+  mapRequests: "MAP requests",
+  unmapRequests: "UNMAP requests",
 };
 
 function summary(result: SimResult): string {

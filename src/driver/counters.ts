@@ -23,6 +23,11 @@ export const DRIVER_COUNTERS = [
   "pinOff",
   /** Unmap of a frame with COUNT 0: a bug of the caller's. */
   "underflow",
+  /** Of domains. */
+  "mapRequests",
+  "unmapRequests",
+  /** Addresses that were not taken back from the device, and so are out of use. */
+  "unmapFailed",
   "alloc",
   "free",
   "sync",

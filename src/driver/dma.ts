@@ -12,7 +12,7 @@ import type { FrameRange } from "./pin-requests.ts";
 import type { TrackingUnits } from "./units.ts";
 
 /** Frames that `length` bytes from `address` on lie in; as the kernel counts, none only for 0 bytes at a frame's start. */
-const nrFrames = (address: number, length: number): number =>
+export const nrFrames = (address: number, length: number): number =>
   Math.ceil(((address % FRAME_SIZE) + length) / FRAME_SIZE);
 
 /** The DMA API of a function in bypass: a DMA address is the guest's, and nothing is counted. Linux's dma-direct. */

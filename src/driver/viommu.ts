@@ -13,6 +13,7 @@ import {
   PIN_FLAG_COMPLETE,
   PIN_STATUS_ON,
   VIRTIO_IOMMU_F_BYPASS_CONFIG,
+  VIRTIO_IOMMU_F_MAP_UNMAP,
   VIRTIO_IOMMU_F_PIN_DIRTY,
   VIRTIO_IOMMU_F_PIN_PAGE,
 } from "../wire/virtio-iommu.ts";
@@ -20,6 +21,7 @@ import type { DriverCounters } from "./counters.ts";
 import type { Cpu } from "./cpu.ts";
 import { TrackedDma } from "./dma.ts";
 import { type DmaApi, DmaMapFailed, type PageAllocator } from "./dma-api.ts";
+import { DomainRequests } from "./domain-requests.ts";
 import { PinRequests } from "./pin-requests.ts";
 import { eachUnit, surveyTable, type TableUse } from "./survey.ts";
 import { buildTable, type TableGeometry } from "./table.ts";
@@ -29,6 +31,7 @@ import { VirtioPciDriver, type VirtioPciPlaces } from "./virtio-pci.ts";
 const bit = (feature: number): bigint => 1n << BigInt(feature);
 const NEEDED = bit(VIRTIO_IOMMU_F_BYPASS_CONFIG) | bit(VIRTIO_IOMMU_F_PIN_PAGE);
 const PIN_DIRTY = bit(VIRTIO_IOMMU_F_PIN_DIRTY);
+const MAP_UNMAP = bit(VIRTIO_IOMMU_F_MAP_UNMAP);
 /** Frames pinned in one request when a table that is in use is taken up again. */
 const LIVE_BATCH = 32;
 
@@ -68,6 +71,8 @@ export class GuestDriver {
   readonly #pci: VirtioPciDriver;
   readonly #units: TrackingUnits;
   readonly #requests: PinRequests;
+  /** For domains; ATTACH and DETACH move an endpoint that has no mappings. */
+  readonly domains: DomainRequests;
 
   constructor(on: DriverCpu, places: DriverPlaces) {
     this.places = places;
@@ -75,14 +80,9 @@ export class GuestDriver {
     this.#pci = new VirtioPciDriver(on.pciFunction, places.pci);
     const { openUnits = (...args) => new TrackingUnits(...args) } = on;
     this.#units = openUnits(on.memory, places.table, places.cpus, places.marksDirty);
-    this.#requests = new PinRequests({
-      ...on,
-      units: this.#units,
-      page: places.page,
-      queue: places.queue,
-      rangesMax: places.rangesMax,
-      notify: () => this.#pci.notify(),
-    });
+    const channel = { ...on, page: places.page, queue: places.queue, notify: () => this.#pci.notify() };
+    this.#requests = new PinRequests({ ...channel, units: this.#units, rangesMax: places.rangesMax });
+    this.domains = new DomainRequests(channel);
   }
 
   /** Find the device, build the table, turn PIN on. Throws ProtocolError or DmaMapFailed "no-memory". */
@@ -122,7 +122,7 @@ export class GuestDriver {
     return surveyTable(this.#on.memory, this.#units);
   }
 
-  /** The DMA API of a function. */
+  /** The DMA API of a tracked function. */
   dma(endpoint: Bdf, direct: DmaApi): TrackedDma {
     const { counters } = this.#on;
     return new TrackedDma({ direct, units: this.#units, requests: this.#requests, endpoint, counters });
@@ -198,7 +198,7 @@ export class GuestDriver {
 
 /** Whether with PIN_DIRTY. */
 function negotiate(pci: VirtioPciDriver, { knowsPinDirty = true }: DriverCpu): boolean {
-  const features = pci.negotiate(knowsPinDirty ? NEEDED | PIN_DIRTY : NEEDED);
+  const features = pci.negotiate(NEEDED | MAP_UNMAP | (knowsPinDirty ? PIN_DIRTY : 0n));
   if ((features & NEEDED) !== NEEDED)
     throw new ProtocolError("the virtio-iommu has no PIN_PAGE, or no bypass: not a coIOMMU");
   // What the table tracks are guest-physical addresses.

@@ -47,9 +47,11 @@ export class Checks {
       throw new Violation(`frame ${gfn} is unpinned while it is mapped`);
   }
 
-  /** A device's DMA got past the IOMMU. */
-  transferred(gpa: number, length: number, writes: boolean): void {
+  /** A device's DMA, in a buffer of these frames if it is known, got past the IOMMU. */
+  transferred(gpa: number, length: number, writes: boolean, buffer?: readonly number[]): void {
     for (let gfn = Math.floor(gpa / FRAME_SIZE); gfn * FRAME_SIZE < gpa + length; gfn++) {
+      if (!this.#hostile && buffer && !buffer.includes(gfn))
+        throw new Violation(`DMA to frame ${gfn}, which is not of the buffer ${buffer}`);
       if (!this.#host.holds(gfn)) throw new Violation(`DMA to frame ${gfn}, which the host does not hold`);
       if (writes && !this.#written.has(gfn)) this.#written.set(gfn, this.#harvests);
     }

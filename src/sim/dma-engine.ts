@@ -12,6 +12,8 @@ import type { Turns } from "./turns.ts";
 /** DMA that a driver has told its device to do. */
 export interface Job {
   readonly segments: readonly DmaSegment[];
+  /** What they lead to, if that is known. */
+  readonly frames?: readonly number[];
   /** The device writes the buffer, or reads it. */
   readonly writes: boolean;
   /** Firmware's, not a driver's: nobody has promised that it goes through. */
@@ -42,7 +44,10 @@ export class DmaEngine {
     this.#checks = o.checks;
     this.process = new Process(`device${o.id}`, o.turns, () => this.#next());
     const memory = new SteppedMemory(o.regions, this.process, {
-      touched: (gpa, length) => o.checks.transferred(gpa, length, this.#jobs[0]!.writes),
+      touched: (gpa, length) => {
+        const { writes, frames } = this.#jobs[0]!;
+        o.checks.transferred(gpa, length, writes, frames);
+      },
     });
     const gate = new DeviceGate(new SteppedWords(o.iommu, this.process, o.idleWord), o.id, o.ring);
     this.#memory = new GatedMemory(memory, gate);
@@ -67,7 +72,7 @@ export class DmaEngine {
     if (!job) return undefined;
     const { iova, length } = job.segments[this.#segment]!;
     return {
-      run: () => this.#memory.transfer(iova, length, () => {}, "write"),
+      run: () => this.#memory.transfer(iova, length, () => {}, job.writes ? "write" : "read"),
       settle: (outcome) => {
         if ("error" in outcome) this.#failed(outcome.error, job);
         else this.transfers++;

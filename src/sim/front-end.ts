@@ -2,6 +2,7 @@ import type { Bdf, Gpa } from "../base/units.ts";
 import { CrosvmDriver, type CrosvmPlaces } from "../driver/crosvm.ts";
 import type { TrackedDma } from "../driver/dma.ts";
 import type { DmaApi, PageAllocator } from "../driver/dma-api.ts";
+import type { DomainRequests } from "../driver/domain-requests.ts";
 import type { TableGeometry } from "../driver/table.ts";
 import { type DriverCpu, type DriverPlaces, GuestDriver } from "../driver/viommu.ts";
 import type { GuestMemory } from "../memory/guest-memory.ts";
@@ -16,6 +17,8 @@ export interface FrontEndDriver {
   dma(endpoint: Bdf, direct: DmaApi): TrackedDma;
   /** Take the table up again: of a driver that can. */
   restart?(endpoint: Bdf): void;
+  /** Of a driver that knows domains. */
+  readonly domains?: DomainRequests;
 }
 
 /** Where a driver has put things. */
@@ -48,6 +51,7 @@ const virtioIommu: FrontEnd<DriverPlaces> = {
     const driver = new GuestDriver(on, own);
     return {
       dma: (endpoint, direct) => driver.dma(endpoint, direct),
+      domains: driver.domains,
       restart(endpoint) {
         driver.deactivate();
         driver.reactivate(endpoint);

@@ -2,34 +2,43 @@ import { InvariantViolation } from "../base/errors.ts";
 import type { Random } from "../base/random.ts";
 import { FRAME_SIZE, type Gfn, type Gpa, gfnOf, milliseconds } from "../base/units.ts";
 import { DRIVER_COUNTERS, type DriverCounters } from "../driver/counters.ts";
-import { DirectDma, type TrackedDma } from "../driver/dma.ts";
+import { DirectDma } from "../driver/dma.ts";
 import {
+  type DmaApi,
   type DmaBuffer,
   type DmaDirection,
   DmaMapFailed,
   type DmaSegment,
   type PageAllocator,
 } from "../driver/dma-api.ts";
-import { FramePool } from "../driver/pages.ts";
+import { FramePool, RunPool } from "../driver/pages.ts";
+import { LazyQueue, RemappedDma, type RemappedDmaOptions } from "../driver/remapped-dma.ts";
 import type { DriverCpu } from "../driver/viommu.ts";
 import { counters } from "../memory/counters.ts";
-import { VIRTIO_IOMMU_S_IOERR, VIRTIO_IOMMU_S_NOMEM } from "../wire/virtio-iommu.ts";
+import { VIRTIO_IOMMU_S_DEVERR, VIRTIO_IOMMU_S_IOERR, VIRTIO_IOMMU_S_NOMEM } from "../wire/virtio-iommu.ts";
 import type { Job } from "./dma-engine.ts";
 import type { FrontEndDriver, Places } from "./front-end.ts";
-import type { Guest } from "./guest.ts";
+import type { Guest, RemappedDevice } from "./guest.ts";
 import { type Operation, Process } from "./process.ts";
 import { SteppedMemory } from "./stepped-memory.ts";
 import { step, Violation } from "./turn.ts";
+import type { Twin } from "./world.ts";
 
 /** Mappings that a CPU has at most. */
 const MAPPINGS_MAX = 4;
 const SEGMENTS_MAX = 2;
+/** Of each CPU, in the domain that a device may be attached to. */
+const IOVA_PAGES = 16;
+const IOVA_FIRST = 2 ** 20;
+const DOMAIN = 7;
 const DIRECTIONS: readonly DmaDirection[] = ["bidirectional", "to-device", "from-device"];
 
 interface Mapping {
   readonly segments: readonly DmaSegment[];
   readonly frames: readonly number[];
   readonly direction: DmaDirection;
+  /** Whose it is alone; any device's otherwise. */
+  readonly device: RemappedDevice | undefined;
   /** DMA under way in it. */
   jobs: number;
   readonly release: () => void;
@@ -46,7 +55,12 @@ export class GuestCpu {
   readonly #pool: { readonly first: number; readonly frames: number };
   #pages: FramePool;
   #driver: FrontEndDriver | undefined;
-  #dma: TrackedDma | undefined;
+  #dma: DmaApi | undefined;
+  /** Of the device that may be attached to a domain, tracked and remapped. */
+  #otherDma: DmaApi | undefined;
+  #remapped: RemappedDma | undefined;
+  readonly #lazy = new LazyQueue();
+  readonly #makeRemapped: (options: RemappedDmaOptions) => RemappedDma;
   #mappings: Mapping[] = [];
 
   constructor(
@@ -54,7 +68,7 @@ export class GuestCpu {
     id: number,
     pool: { first: number; frames: number },
     random: Random,
-    twin: Partial<DriverCpu> = {},
+    twin: Pick<Twin, "driver" | "remappedDma"> = {},
   ) {
     this.#guest = guest;
     this.#id = id;
@@ -63,7 +77,10 @@ export class GuestCpu {
     this.#pages = this.#freshPages();
     const buffer = new SharedArrayBuffer(8 * DRIVER_COUNTERS.length);
     this.counters = counters(DRIVER_COUNTERS, buffer);
-    this.process = new Process(`cpu${id}`, guest.parts.turns, () => this.#next(), [new Float64Array(buffer)]);
+    this.process = new Process(`cpu${id}`, guest.parts.turns, () => this.#next(), [
+      new Float64Array(buffer),
+      this.#lazy.words,
+    ]);
     this.#on = {
       memory: new SteppedMemory(guest.parts.memory.regions, this.process, {
         constant: (gpa) => guest.isUpperLevel(gpa),
@@ -72,19 +89,21 @@ export class GuestCpu {
       cpu: { waitFor: (done, timeout) => this.process.waitFor(done, timeout) },
       counters: this.counters,
       knowsPinDirty: guest.parts.pinDirty,
-      ...twin,
+      ...twin.driver,
     };
+    this.#makeRemapped = twin.remappedDma ?? ((options) => new RemappedDma(options));
   }
 
   get atRest(): boolean {
-    return !this.process.busy && this.#mappings.length === 0;
+    return !this.process.busy && this.#mappings.length === 0 && this.#lazy.size === 0;
   }
 
   /** The machine is reset: begin anew. */
   reset(): void {
     this.process.abandon();
     this.#driver = undefined;
-    this.#dma = undefined;
+    this.#dma = this.#otherDma = this.#remapped = undefined;
+    this.#lazy.clear();
     this.#mappings = [];
     this.#pages = this.#freshPages();
   }
@@ -104,8 +123,11 @@ export class GuestCpu {
     if (this.#id === 0 && needsRestart) return this.#restart();
     // A hostile guest unmaps under the device's hands.
     const idle = this.#mappings.filter((m) => m.jobs === 0 || this.#guest.parts.hostile);
-    if (draining) return idle.length > 0 ? this.#unmap(idle[0]!) : undefined;
+    if (draining)
+      return idle.length > 0 ? this.#unmap(idle[0]!) : this.#lazy.size > 0 ? this.#tick(true) : undefined;
     if (parts.restarts && this.#id === 0 && this.#random(60) === 0) return this.#restart();
+    if (this.#remapped && this.#random(20) === 0) return this.#tick(false);
+    if (this.#id === 0 && this.#canMove && this.#random(3) === 0) return this.#move();
     const any = idle[this.#random(idle.length)];
     const choice = this.#random(12);
     if (choice === 0) return this.#sleep();
@@ -117,7 +139,37 @@ export class GuestCpu {
 
   #use(places: Places): void {
     this.#driver = this.#guest.parts.frontEnd.open(this.#on, this.#id, places);
-    this.#dma = this.#driver.dma(this.#guest.parts.endpoint, new DirectDma(this.#loggedPages()));
+    const { endpoint, remapped } = this.#guest.parts;
+    const pages = this.#loggedPages();
+    const direct = new DirectDma(pages);
+    this.#dma = this.#driver.dma(endpoint, direct);
+    if (!remapped) return;
+    this.#otherDma = this.#driver.dma(remapped.endpoint, direct);
+    const clock = { now: () => step(this.process, "time", () => this.#guest.parts.turns.time) };
+    this.#remapped = this.#makeRemapped({
+      ...{ requests: this.#driver.domains!, domain: DOMAIN, pages, counters: this.counters },
+      iovas: this.#loggedIovas(),
+      ...(remapped.lazy && { lazy: { clock, queue: this.#lazy } }),
+    });
+  }
+
+  /** As allocation. */
+  #loggedIovas(): RemappedDmaOptions["iovas"] {
+    const { process } = this;
+    const first = IOVA_FIRST + this.#id * IOVA_PAGES;
+    const runs = new RunPool(IOVA_PAGES);
+    return {
+      take: (pages) =>
+        step(process, "take", () => {
+          const at = runs.take(pages);
+          return at === undefined ? undefined : first + at;
+        }),
+      give: (page, pages) =>
+        step(process, "give", () => {
+          this.#checkUnreachable(page, pages);
+          runs.give(page - first, pages);
+        }),
+    };
   }
 
   /** Allocation is no step, but must not be done again when the operation is run again. */
@@ -127,6 +179,13 @@ export class GuestCpu {
       allocate: (frames) => step(process, "allocate", () => this.#pages.allocate(frames)),
       free: (gpa, frames) => step(process, "free", () => this.#pages.free(gpa, frames)),
     };
+  }
+
+  /** Another mapping may have these addresses from now on. */
+  #checkUnreachable(page: number, pages: number): void {
+    const { remapped, hostile } = this.#guest.parts;
+    for (let i = page; i < page + pages && !hostile; i++)
+      if (remapped!.reaches(i)) throw new Violation(`page ${i} of a domain is free, and a device reaches it`);
   }
 
   // --- operations ------------------------------------------------------------------------------------------------
@@ -174,7 +233,8 @@ export class GuestCpu {
     });
     const direction = DIRECTIONS[this.#random(DIRECTIONS.length)]!;
     const single = list.length === 1;
-    const dma = this.#dma!;
+    const device = this.#chooseDevice();
+    const dma = this.#dmaOf(device);
     const run = (): DmaSegment[] => {
       if (!single) return dma.mapSg(list, direction);
       const { gpa, length } = list[0]!;
@@ -184,16 +244,26 @@ export class GuestCpu {
       if (single) dma.unmapSingle(segments[0]!.iova, segments[0]!.length, direction);
       else dma.unmapSg(segments, direction);
     };
-    return this.#operation(run, (segments) => this.#hold(segments, direction, release(segments)));
+    const frames = list.flatMap(({ gpa, length }) => framesIn(gpa, length));
+    return this.#mapping(device, run, (segments) => ({
+      segments,
+      frames,
+      direction,
+      release: release(segments),
+    }));
   }
 
   #allocate(): Operation {
-    const dma = this.#dma!;
+    const device = this.#chooseDevice();
+    const dma = this.#dmaOf(device);
     const length = 1 + this.#random(2) * FRAME_SIZE;
-    return this.#operation(
+    return this.#mapping(
+      device,
       () => dma.allocCoherent(length),
-      ({ gpa, iova }) =>
-        this.#hold([{ iova, length }], "bidirectional", () => dma.freeCoherent(gpa, iova, length)),
+      ({ gpa, iova }) => ({
+        ...{ segments: [{ iova, length }], frames: framesIn(gpa, length), direction: "bidirectional" },
+        release: () => dma.freeCoherent(gpa, iova, length),
+      }),
     );
   }
 
@@ -201,9 +271,55 @@ export class GuestCpu {
     this.#mappings = this.#mappings.filter((m) => m !== mapping);
     this.#guest.parts.checks.unmapping(mapping.frames);
     return this.#operation(mapping.release, () => {
+      if (mapping.device) mapping.device.mappings--;
       if (this.counters.underflow > 0 && !this.#guest.parts.hostile)
         throw new Violation("a mapped frame was found with COUNT 0");
     });
+  }
+
+  // --- the device that moves between the table and a domain -----------------------------------------------------
+
+  /** Whose the next mapping is. */
+  #chooseDevice(): RemappedDevice | undefined {
+    const { remapped } = this.#guest.parts;
+    return remapped && !remapped.moving && this.#random(2) === 0 ? remapped : undefined;
+  }
+
+  #dmaOf(device: RemappedDevice | undefined): DmaApi {
+    return device ? (device.attached ? this.#remapped! : this.#otherDma!) : this.#dma!;
+  }
+
+  get #canMove(): boolean {
+    return this.#guest.parts.remapped?.mappings === 0;
+  }
+
+  #move(): Operation {
+    const device = this.#guest.parts.remapped!;
+    const { endpoint, attached } = device;
+    device.moving = true;
+    return this.#operation(
+      () =>
+        attached
+          ? this.#driver!.domains!.detach(DOMAIN, endpoint)
+          : this.#driver!.domains!.attach(DOMAIN, endpoint),
+      () => {
+        device.attached = !attached;
+        device.moving = false;
+        device.moves++;
+      },
+      (error) => {
+        device.moving = false;
+        // It cannot be told whether it was done.
+        if (!(error instanceof DmaMapFailed && error.status === VIRTIO_IOMMU_S_DEVERR)) throw error;
+      },
+    );
+  }
+
+  #tick(all: boolean): Operation {
+    return this.#operation(
+      () => this.#remapped!.tick(all),
+      () => {},
+    );
   }
 
   #sleep(): Operation {
@@ -215,25 +331,43 @@ export class GuestCpu {
   }
 
   #transfer(mapping: Mapping): void {
-    const { engines } = this.#guest.parts;
+    const { engines, remapped } = this.#guest.parts;
     const job: Job = {
       segments: mapping.segments,
-      writes: mapping.direction !== "to-device" && this.#random(4) > 0,
+      frames: mapping.frames,
+      // A domain lets a device read no buffer that it is only to write.
+      writes:
+        mapping.direction !== "to-device" &&
+        (this.#random(4) > 0 || (mapping.device !== undefined && mapping.direction === "from-device")),
       done: () => {
         mapping.jobs--;
       },
     };
     mapping.jobs++;
-    engines[this.#random(engines.length)]!.queue(job);
+    const any = remapped ? engines.filter((e) => e !== remapped.engine) : engines;
+    const engine = mapping.device?.engine ?? any[this.#random(any.length)]!;
+    engine.queue(job);
   }
 
-  #hold(segments: readonly DmaSegment[], direction: DmaDirection, release: () => void): void {
-    const frames = segments.flatMap(({ iova, length }) => {
-      const first = gfnOf(iova);
-      return Array.from({ length: gfnOf(iova + length - 1) - first + 1 }, (_, i) => first + i);
-    });
-    this.#mappings.push({ segments, frames, direction, jobs: 0, release });
-    this.#guest.parts.checks.mapped(frames);
+  #mapping<T>(
+    device: RemappedDevice | undefined,
+    run: () => T,
+    made: (value: T) => Omit<Mapping, "jobs" | "device">,
+  ): Operation {
+    if (device) device.mappings++;
+    const failed = this.#mapFailure();
+    return this.#operation(
+      run,
+      (value) => {
+        const mapping = made(value);
+        this.#mappings.push({ ...mapping, device, jobs: 0 });
+        this.#guest.parts.checks.mapped(mapping.frames);
+      },
+      (error) => {
+        if (device) device.mappings--;
+        failed(error);
+      },
+    );
   }
 
   #operation<T>(run: () => T, done: (value: T) => void, failed = this.#mapFailure()): Operation {
@@ -270,3 +404,8 @@ export class GuestCpu {
     };
   }
 }
+
+const framesIn = (gpa: number, length: number): number[] => {
+  const first = gfnOf(gpa);
+  return Array.from({ length: gfnOf(gpa + length - 1) - first + 1 }, (_, i) => first + i);
+};

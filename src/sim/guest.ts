@@ -33,6 +33,34 @@ class Disturbance {
   }
 }
 
+/** A function that can be attached to a domain, and what the CPUs of a guest know of it together. */
+export class RemappedDevice {
+  readonly endpoint: Bdf;
+  readonly engine: DmaEngine;
+  /** Unmapped addresses are taken back in batches. */
+  readonly lazy: boolean;
+  /** Whether it can access a page of its address space now. */
+  readonly reaches: (page: number) => boolean;
+  attached = false;
+  /** Being attached or detached: nobody maps. */
+  moving = false;
+  /** Mappings of all CPUs, those that are being made or taken back included. */
+  mappings = 0;
+  moves = 0;
+
+  constructor(o: Pick<RemappedDevice, "endpoint" | "engine" | "lazy" | "reaches">) {
+    this.endpoint = o.endpoint;
+    this.engine = o.engine;
+    this.lazy = o.lazy;
+    this.reaches = o.reaches;
+  }
+
+  reset(): void {
+    this.attached = this.moving = false;
+    this.mappings = 0;
+  }
+}
+
 /** What a guest is made of. */
 export interface GuestParts {
   readonly memory: GuestMemory;
@@ -41,6 +69,8 @@ export interface GuestParts {
   readonly checks: Checks;
   readonly frontEnd: FrontEnd;
   readonly endpoint: Bdf;
+  /** A device that moves between the table and a domain. */
+  readonly remapped: RemappedDevice | undefined;
   readonly engines: readonly DmaEngine[];
   /** First frame and number of those that buffers lie in; CPUs share them. */
   readonly buffers: { readonly first: number; readonly frames: number };

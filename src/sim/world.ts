@@ -1,8 +1,10 @@
 import { type Random, random } from "../base/random.ts";
 import { type Bdf, FRAME_SIZE, type Gfn, type Gpa, milliseconds } from "../base/units.ts";
 import type { DriverCounters } from "../driver/counters.ts";
+import type { RemappedDma, RemappedDmaOptions } from "../driver/remapped-dma.ts";
 import type { DriverCpu } from "../driver/viommu.ts";
 import { counters, countersBuffer } from "../memory/counters.ts";
+import { NO_FRAME } from "../memory/gated-memory.ts";
 import { GuestMemory, type GuestRegion } from "../memory/guest-memory.ts";
 import { LruPolicy } from "../policy/lru.ts";
 import { createPolicy } from "../policy/registry.ts";
@@ -14,7 +16,7 @@ import { Checks } from "./checks.ts";
 import { DmaEngine } from "./dma-engine.ts";
 import { type FakeHost, HOST_BASE } from "./fake-host.ts";
 import { FRONT_ENDS } from "./front-end.ts";
-import { Guest } from "./guest.ts";
+import { Guest, RemappedDevice } from "./guest.ts";
 import { GuestCpu } from "./guest-cpu.ts";
 import { Saboteur } from "./saboteur.ts";
 import { Violation } from "./turn.ts";
@@ -50,6 +52,8 @@ export interface Settings {
   readonly harvestInterval: number;
   /** Frames in a slice of one. */
   readonly harvestSlice: number;
+  /** A device moves between the table and a domain, whose unmapped addresses are taken back at once or in batches. */
+  readonly remapping: "none" | "strict" | "lazy";
 }
 
 export function settingsOf(seed: number): Settings {
@@ -74,8 +78,9 @@ export function settingsOf(seed: number): Settings {
     pinDirty: next(4) > 0,
     harvestInterval: next(3) > 0 ? (1 + next(10)) / 5 : Number.POSITIVE_INFINITY,
     harvestSlice: 1 + next(8),
+    remapping: "none",
   };
-  if (next(5) > 0) return settings;
+  if (next(5) > 0) return withDomains(settings, random(seed ^ 0xd0a1_d0a1));
   // Its drivers know no second kick and no second activation, and cannot say that their table is complete.
   const impossible = {
     kickLost: 0,
@@ -86,10 +91,19 @@ export function settingsOf(seed: number): Settings {
   return { ...settings, ...impossible, frontEnd: "crosvm" };
 }
 
+/** The same with a second device that moves, or not. */
+function withDomains(settings: Settings, next: Random): Settings {
+  if (next(3) > 0) return settings;
+  // Its driver, as Linux's, does not take its domains up again on another device.
+  const impossible = { backendDies: 0, driverRestarts: false } as const;
+  return { ...settings, ...impossible, devices: 2, remapping: next(2) === 0 ? "strict" : "lazy" };
+}
+
 /** Parts that a broken twin replaces. */
 export interface Twin {
   readonly backend?: Partial<BackendOptions & BackendParts>;
   readonly driver?: Partial<DriverCpu>;
+  readonly remappedDma?: (options: RemappedDmaOptions) => RemappedDma;
 }
 
 /** What happened in a world, to see that it was not spared anything. */
@@ -107,6 +121,10 @@ export interface WorldStatistics {
   readonly machineResets: number;
   readonly operatorOrders: number;
   readonly harvests: number;
+  /** Of a device between the table and a domain. */
+  readonly moves: number;
+  readonly mapRequests: number;
+  readonly unmapRequests: number;
 }
 
 /** RAM in two pieces: one reaches into firmware's window below 1 MiB, one across the end of a leaf of the table. */
@@ -118,6 +136,8 @@ const BUFFERS_FIRST = 1022;
 const BOOT_POOL = { first: 256, frames: 24 };
 const CPU_POOL = 4;
 export const ENDPOINT = 0x20 as Bdf;
+/** The second device's, where it has one of its own. */
+const OTHER_ENDPOINT = 0x28 as Bdf;
 /** The time that a step takes, in ns. */
 const STEP_TIME = 2000;
 /** Turns without a step: looks of those who wait, and passes that find nothing to try. */
@@ -210,6 +230,7 @@ export class World {
         checks,
         frontEnd: FRONT_ENDS[settings.frontEnd],
         endpoint: ENDPOINT,
+        remapped: settings.remapping === "none" ? undefined : this.#remappedDevice(),
         engines: this.#engines,
       },
       ...{
@@ -223,7 +244,7 @@ export class World {
     this.#cpus = Array.from({ length: settings.cpus }, (_, id) => {
       const first = BOOT_POOL.first + BOOT_POOL.frames + (id - 1) * CPU_POOL;
       const pool = id === 0 ? BOOT_POOL : { first, frames: CPU_POOL };
-      return new GuestCpu(this.#guest, id, pool, random(seed + 77 * id), twin.driver);
+      return new GuestCpu(this.#guest, id, pool, random(seed + 77 * id), twin);
     });
     this.turns.actors.push(this.#backend, ...this.#cpus.map((c) => c.process));
     this.turns.actors.push(...this.#engines.map((e) => e.process));
@@ -260,12 +281,27 @@ export class World {
       machineResets: this.#machineResets,
       operatorOrders: this.#operatorOrders,
       harvests: this.#backend.harvests,
+      moves: this.#guest.parts.remapped?.moves ?? 0,
+      mapRequests: sum("mapRequests"),
+      unmapRequests: sum("unmapRequests"),
     };
+  }
+
+  #remappedDevice(): RemappedDevice {
+    const gate = new DeviceGate(this.#iommu, 1, () => {});
+    return new RemappedDevice({
+      endpoint: OTHER_ENDPOINT,
+      engine: this.#engines[1]!,
+      lazy: this.settings.remapping === "lazy",
+      reaches: (page) =>
+        (["read", "write"] as const).some((access) => gate.translate(page, access) !== NO_FRAME),
+    });
   }
 
   /** A hostile guest's garbage may be a request for a domain. */
   readonly #idleWord = (index: number): boolean =>
-    !this.settings.hostile && isIdleIommuWord(index, this.settings.devices);
+    !(this.settings.hostile || this.settings.remapping !== "none") &&
+    isIdleIommuWord(index, this.settings.devices);
 
   #makeBackend(twin: NonNullable<Twin["backend"]>): Backend {
     const { settings } = this;
@@ -279,7 +315,14 @@ export class World {
       policy: () => new LruPolicy(),
       quota: () => this.#quota,
       beforeActivation: settings.beforeActivation,
-      assigned: new Map([[ENDPOINT, 0]]),
+      assigned: new Map(
+        settings.remapping === "none"
+          ? [[ENDPOINT, 0]]
+          : [
+              [ENDPOINT, 0],
+              [OTHER_ENDPOINT, 1],
+            ],
+      ),
       passInterval: milliseconds(settings.interval),
       harvestInterval: milliseconds(settings.harvestInterval),
       harvestSlice: settings.harvestSlice,
@@ -385,6 +428,7 @@ export class World {
     this.#machineResets++;
     for (const engine of this.#engines) engine.reset();
     for (const cpu of this.#cpus) cpu.reset();
+    this.#guest.parts.remapped?.reset();
     this.#guest.places = undefined;
     this.#guest.settled(false);
     this.#bus.pending.length = 0;

@@ -1,5 +1,7 @@
 import type { Clock } from "../../src/base/clock.ts";
-import type { Gpa } from "../../src/base/units.ts";
+import { type Gpa, gfnOf, type Iova } from "../../src/base/units.ts";
+import type { DmaDirection } from "../../src/driver/dma-api.ts";
+import { RemappedDma, type RemappedDmaOptions } from "../../src/driver/remapped-dma.ts";
 import { TrackingUnits } from "../../src/driver/units.ts";
 import type { GuestMemory } from "../../src/memory/guest-memory.ts";
 import type { UnpinPolicy } from "../../src/policy/policy.ts";
@@ -137,6 +139,31 @@ function earlyTwin(): Twin {
 class HastyIommu extends SoftwareIommu {
   override quiesce(): boolean {
     return true;
+  }
+}
+
+class StaleIommu extends SoftwareIommu {
+  constructor(...args: ConstructorParameters<typeof SoftwareIommu>) {
+    super(...args);
+    this.tables.unmap = () => {};
+  }
+}
+
+/** Lets go of nothing that domains mapped. */
+class ClingingTracker extends CheckedTracker {
+  override letGo(): void {}
+}
+
+/** Uses addresses again that are not taken back yet. */
+class HastyDma extends RemappedDma {
+  readonly iovas: RemappedDmaOptions["iovas"];
+  constructor(options: RemappedDmaOptions) {
+    super(options);
+    this.iovas = options.iovas;
+  }
+  override unmapSingle(iova: Iova, length: number, direction: DmaDirection): void {
+    this.iovas.give(gfnOf(iova), 1);
+    super.unmapSingle(iova, length, direction);
   }
 }
 
@@ -278,6 +305,18 @@ export const twins: Readonly<Record<string, BrokenTwin>> = {
   "a policy at run time that is not told what is pinned": {
     twin: { backend: { makeTracker: (...args) => new ForgetfulTracker(...args) } },
     found: /are idle and stay pinned/,
+  },
+  "an UNMAP that leaves the device its translation": {
+    twin: { backend: { makeIommu: (...args) => new StaleIommu(...args) } },
+    found: /is free, and a device reaches it/,
+  },
+  "a host that keeps what domains do not map any more": {
+    twin: { backend: { makeTracker: (...args) => new ClingingTracker(...args) } },
+    found: /are idle and stay pinned/,
+  },
+  "a driver that uses addresses again before UNMAP": {
+    twin: { remappedDma: (options) => new HastyDma(options) },
+    found: /is free, and a device reaches it/,
   },
   "a device that answers no request": {
     twin: { backend: { kickLost: () => true } },
