@@ -156,9 +156,9 @@ export class SteppedWords extends SharedWords {
     return this.#turn.done(super.and(index, bits));
   }
   /** Who waits looks again whenever something has changed. */
-  override wait(index: number, value: number, timeoutMs: number): "ok" | "timed-out" {
+  override wait(index: number, value: number, timeoutMs: number): void {
     const changed = () => this.load(index) !== value;
-    return this.#turn.waitFor(changed, (timeoutMs * 1e6) as Nanoseconds) ? "ok" : "timed-out";
+    this.#turn.waitFor(changed, (timeoutMs * 1e6) as Nanoseconds);
   }
   override notify(): void {}
 }
