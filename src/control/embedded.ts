@@ -109,7 +109,9 @@ export class EmbeddedMachine implements Machine {
   /** The drivers have unmapped all at the end of their work. */
   async shutDown(): Promise<(DriverState & { live: number }) | null> {
     const state = this.#driverState();
-    return state && { ...state, live: await this.#threads.cpus[0]!.request<number>("live") };
+    if (!state) return null;
+    const live = await this.#onCpus<number>("live");
+    return { ...state, live: live.reduce((sum, n) => sum + n) };
   }
 
   close(): Promise<MachineEnd> {
@@ -219,7 +221,15 @@ class Threads {
     const bell = this.#cpuBells[number]!;
     const link = this.#links[this.#deviceOf(number)];
     const data = {
-      ...{ number, cpus, link, ram: this.ram.ram, tracked: this.tracked, mailbox: this.#mailbox, bell },
+      ...{
+        number,
+        cpus,
+        link,
+        ram: this.ram.ram,
+        driver: this.tracked ? "coiommu" : null,
+        mailbox: this.#mailbox,
+        bell,
+      },
       ...{ backendBell: this.#backendBell, counters: ofDriver },
     } satisfies CpuData;
     return this.#worker(`CPU ${number}`, CPU_WORKER, data, bell);

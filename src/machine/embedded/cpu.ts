@@ -1,8 +1,10 @@
 import { UserError } from "../../base/errors.ts";
-import { FRAME_SIZE, type Gfn } from "../../base/units.ts";
+import { type Bdf, FRAME_SIZE, type Gfn } from "../../base/units.ts";
 import { DRIVER_COUNTERS } from "../../driver/counters.ts";
 import { DirectDma } from "../../driver/dma.ts";
-import { FramePool } from "../../driver/pages.ts";
+import type { DmaApi } from "../../driver/dma-api.ts";
+import { FramePool, RunPool } from "../../driver/pages.ts";
+import { type IovaAllocator, LazyQueue, RemappedDma } from "../../driver/remapped-dma.ts";
 import { type DriverCpu, type DriverPlaces, GuestDriver } from "../../driver/viommu.ts";
 import { monotonicClock } from "../../host/clock.ts";
 import { Bell } from "../../memory/bell.ts";
@@ -22,18 +24,36 @@ const FIRST_FRAME = 1;
 export const framesOfCpu = (bytes: number, cpus: number): number =>
   Math.floor((bytes / FRAME_SIZE - FIRST_FRAME) / cpus);
 
+/** Each CPU has its own part of a domain's addresses; above 4 GiB nothing is reserved. */
+const FIRST_IOVA_PAGE = 2 ** 20;
+const IOVA_PAGES = 2 ** 16;
+
+function iovaSpace(first: number, pages: number): IovaAllocator {
+  const runs = new RunPool(pages);
+  return {
+    take: (count) => {
+      const at = runs.take(count);
+      return at === undefined ? undefined : first + at;
+    },
+    give: (page, count) => runs.give(page - first, count),
+  };
+}
+
 /** A mapping that was refused is tried again after this time, if no device interrupts before. */
 const RETRY_MS = 5;
 
 const STALLED =
   "the workload does not go on: a device does not answer, or no buffer can be mapped (is the quota too small?)";
 
+/** Track devices, or remap them: unmapped addresses are taken back at once, or in batches. */
+export type DriverMode = "coiommu" | "viommu-strict" | "viommu-lazy";
+
 export interface CpuData {
   readonly number: number;
   readonly cpus: number;
   readonly ram: GuestRam;
-  /** Whether mappings are tracked. */
-  readonly tracked: boolean;
+  /** What its driver of the virtio-iommu does; null: there is none. */
+  readonly driver: DriverMode | null;
   readonly mailbox: SharedArrayBuffer;
   readonly backendBell: SharedArrayBuffer;
   /** Its interrupts, and its commands. */
@@ -59,6 +79,7 @@ export class CpuThread {
   readonly #on: DriverCpu;
   readonly #pages: FramePool;
   #driver: GuestDriver | undefined;
+  #remapped: RemappedDma | undefined;
   #load: Load | undefined;
 
   constructor(data: CpuData & WorkerBase) {
@@ -81,7 +102,7 @@ export class CpuThread {
       activate: () => this.#activate(),
       attach: (attach: Attach) => this.#attach(attach),
       work: () => this.#work(),
-      live: () => this.#driver!.survey().liveRefs,
+      live: () => this.#live(),
     });
   }
 
@@ -104,15 +125,39 @@ export class CpuThread {
     const { link, number } = this.#data;
     if (places) this.#driver ??= new GuestDriver(this.#on, places);
     if (!link || !load) return null;
-    const direct = new DirectDma(this.#pages);
     this.#load = createLoad(load, link, {
       memory: this.#on.memory,
       pages: this.#pages,
-      dma: this.#driver?.dma(link.endpoint, direct) ?? direct,
+      dma: this.#dmaOf(link.endpoint),
       clock: monotonicClock,
       seed: 1 + number,
     });
     return this.#load.setup;
+  }
+
+  #dmaOf(endpoint: Bdf): DmaApi {
+    const { driver, number } = this.#data;
+    const direct = new DirectDma(this.#pages);
+    if (!this.#driver) return direct;
+    if (driver === "coiommu") return this.#driver.dma(endpoint, direct);
+    const { domains } = this.#driver;
+    // Of each CPU that uses the device: the first one makes the domain.
+    domains.attach(endpoint, endpoint);
+    const queue = new LazyQueue();
+    this.#remapped = new RemappedDma({
+      ...{ requests: domains, domain: endpoint, pages: this.#pages, counters: this.#on.counters },
+      iovas: iovaSpace(FIRST_IOVA_PAGE + number * IOVA_PAGES, IOVA_PAGES),
+      ...(driver === "viommu-lazy" && { lazy: { clock: monotonicClock, queue } }),
+    });
+    return this.#remapped;
+  }
+
+  /** Mappings that the workload has left. */
+  #live(): number {
+    const { map, unmap } = this.#on.counters;
+    if (this.#data.driver !== "coiommu") return map - unmap;
+    // The table is that of all CPUs.
+    return this.#data.number === 0 ? this.#driver!.survey().liveRefs : 0;
   }
 
   /** Until the workload has unmapped all that it mapped. */
@@ -123,6 +168,7 @@ export class CpuThread {
     for (;;) {
       const { rings } = this.#bell;
       const progress = workload.poll();
+      this.#remapped?.tick(workload.finished);
       if (workload.finished) return workload.measurement;
       const now = monotonicClock.now();
       if (progress) since = now;
