@@ -50,7 +50,18 @@
 	X(alloc)		/* of map: alloc and alloc_pages */	\
 	X(free)								\
 	X(sync)								\
-	X(map_resource)
+	X(map_resource)							\
+	X(map_requests)		/* MAP requests sent, by remapped functions */ \
+	X(unmap_requests)						\
+	X(map_refused)		/* of map_failed: MAP did not succeed */ \
+	X(iova_failed)		/* of map_failed: no free address */	\
+	X(remap_off)		/* of map_failed: in no domain */	\
+	X(unmap_refused)	/* UNMAP requests that did not succeed */ \
+	X(iova_leaked)		/* pages of addresses whose UNMAP never did */ \
+	X(remap_lost)		/* ATTACH ... UNMAP without an answer in time */ \
+	X(kicks)		/* notifications: what leaves the guest for requests */
+
+struct seq_file;
 
 struct coiommu_counters {
 #define COIOMMU_COUNTER_FIELD(name) u64 name;
@@ -103,6 +114,8 @@ extern const struct dma_map_ops coiommu_dma_ops;
  *	module can call by name
  * @dev: the PCI function
  * @endpoint: abi.md section 3, "PIN request"
+ * @remapped: @ops are those of remap_ops.c; changes only while no driver is bound
+ * @domain: that @endpoint is attached to; NULL for a remapped one: it can map nothing
  * @node: in the list of hooks.c
  */
 struct coiommu_hook {
@@ -110,8 +123,12 @@ struct coiommu_hook {
 	struct device shadow;
 	struct device *dev;
 	u32 endpoint;
+	bool remapped;
+	struct coiommu_domain *domain;
 	struct list_head node;
 };
+
+#define coiommu_to_hook(dev)	container_of((dev)->dma_ops, struct coiommu_hook, ops)
 
 /* The part of them that counts and asks; @sgl has the addresses that the device gets. */
 int coiommu_track(struct coiommu_hook *hook, dma_addr_t addr, size_t size,
@@ -132,56 +149,154 @@ void coiommu_hooks_end(bool on);
 unsigned int coiommu_hooks_stop(void);
 unsigned int coiommu_hooks_count(void);
 bool coiommu_hooks_any(u32 *endpoint);
+bool coiommu_hooks_any_remapped(void);
+int coiommu_hooks_want_remapped(u32 first, u32 last, bool on);
+void coiommu_hooks_show_remapped(struct seq_file *file);
 
-/* pin.c: PIN requests. abi.md section 3. */
+/* requests.c: the request queue. VIRTIO 1.2 section 5.13.6. */
 
 /**
- * struct coiommu_channel - takes PIN requests to the device, one at a time
- * @send: give the device a request, and a tail to answer in; an errno if it cannot be given
- * @await: length that the device wrote, or -ETIMEDOUT: request and tail may be its still
- * @returned: after -ETIMEDOUT: the device has given them back by now
+ * struct coiommu_channel - takes requests to the device
+ * @send: give the device a request, and room for its reply; an errno if it cannot be given
+ * @await: length that the device wrote of one reply more, or -ETIMEDOUT: requests and
+ *	replies may be its still
+ * @returned: after -ETIMEDOUT: the device has given one back by now
  *
  * Called in atomic context. ORDERING: @await and @returned acquire; what the
  * device wrote before it answered is seen after them.
  */
 struct coiommu_channel {
-	int (*send)(const struct virtio_iommu_req_pin *request, size_t size,
-		    struct virtio_iommu_req_tail *tail);
+	int (*send)(const void *request, size_t size, void *reply, size_t reply_size);
 	int (*await)(void);
 	bool (*returned)(void);
 };
 
 /**
- * struct coiommu_pin - one mapping's pin requests; on the stack of the mapping
- * @endpoint: who will do the DMA
- * @error: first failure; once set, nothing more is asked
- * @status: what the device said, or 0 when it was not the device
- * @nr_frames: frames in the request that failed
- * @recovered: the device has answered an earlier request, late
- * @flags: interrupt state of the mapping's context
+ * struct coiommu_turn - the queue is its owner's; on the stack, in atomic context
+ * @page: one page for requests and replies; NULL: there is no device that answers
+ * @recovered: the device has answered requests of an earlier turn, late
+ * @flags: interrupt state of the owner's context
  */
-struct coiommu_pin {
-	u32 endpoint;
-	int error;
-	u8 status;
+struct coiommu_turn {
+	void *page;
 	bool recovered;
-	u32 nr_frames;
 	unsigned long flags;
 };
 
-void coiommu_pin_begin(struct coiommu_pin *pin, u32 endpoint);
-void coiommu_pin_add(struct coiommu_pin *pin, u64 gfn, u64 nr);
-int coiommu_pin_end(struct coiommu_pin *pin);
+void coiommu_turn_begin(struct coiommu_turn *turn);
+int coiommu_turn_send(const void *request, size_t size, void *reply, size_t reply_size);
+int coiommu_turn_await(void);
+void coiommu_turn_end(struct coiommu_turn *turn);
+void coiommu_turn_report(const struct coiommu_turn *turn, int error);
 
-int coiommu_pin_open(const struct coiommu_channel *channel, u32 nr_ranges_max);
-void coiommu_pin_enable(void);
-void coiommu_pin_disable(void);
-void coiommu_pin_close(void);
+int coiommu_requests_open(const struct coiommu_channel *channel);
+void coiommu_requests_enable(void);
+void coiommu_requests_disable(void);
+void coiommu_requests_close(void);
+
+/* What the tail says until the device has answered: no status of the standard. */
+#define COIOMMU_UNANSWERED	0xff
 
 const char *coiommu_status_name(u8 status);
 int coiommu_status_to_errno(u8 status);
 
+/* pin.c: PIN requests. abi.md section 3. */
+
+/**
+ * struct coiommu_pin - one mapping's pin requests; on the stack of the mapping
+ * @turn: at the queue
+ * @endpoint: who will do the DMA
+ * @error: first failure; once set, nothing more is asked
+ * @status: what the device said, or 0 when it was not the device
+ * @nr_frames: frames in the request that failed
+ */
+struct coiommu_pin {
+	struct coiommu_turn turn;
+	u32 endpoint;
+	int error;
+	u8 status;
+	u32 nr_frames;
+};
+
+void coiommu_pin_limit(u32 nr_ranges);
+void coiommu_pin_begin(struct coiommu_pin *pin, u32 endpoint);
+void coiommu_pin_add(struct coiommu_pin *pin, u64 gfn, u64 nr);
+int coiommu_pin_end(struct coiommu_pin *pin);
+
+/* domain.c: domains of remapped functions. VIRTIO 1.2 sections 5.13.6.3 to 5.13.6.7. */
+
+struct coiommu_domain;
+
+int coiommu_domains_init(bool lazy);
+void coiommu_domains_exit(void);
+
+/* In process context; create: NULL and a message when it cannot be. */
+struct coiommu_domain *coiommu_domain_create(struct device *dev, u32 endpoint);
+void coiommu_domain_destroy(struct coiommu_domain *domain);
+
+/* Everything below is in whole pages, and may be called in atomic context. */
+u64 coiommu_iova_alloc(struct coiommu_domain *domain, u64 size, u64 mask);
+void coiommu_iova_free(struct coiommu_domain *domain, u64 iova, u64 size);
+
+/**
+ * struct coiommu_maps - MAP requests of one mapping; on its stack
+ * @turn: at the queue
+ * @domain: whose
+ * @flags: VIRTIO_IOMMU_MAP_F_*
+ * @error: first failure; once set, nothing more is asked
+ * @status: what the device said, or 0 when it was not the device
+ * @nr: requests in the turn's page
+ */
+struct coiommu_maps {
+	struct coiommu_turn turn;
+	struct coiommu_domain *domain;
+	u32 flags;
+	int error;
+	u8 status;
+	unsigned int nr;
+};
+
+void coiommu_maps_begin(struct coiommu_maps *maps, struct coiommu_domain *domain, u32 flags);
+void coiommu_maps_add(struct coiommu_maps *maps, u64 iova, phys_addr_t phys, u64 size);
+int coiommu_maps_end(struct coiommu_maps *maps);
+
+void coiommu_domain_unmap(struct coiommu_domain *domain, u64 iova, u64 size);
+void coiommu_domain_unmap_now(struct coiommu_domain *domain, u64 iova, u64 size);
+bool coiommu_domain_flush(struct coiommu_domain *domain);
+
+/* remap_ops.c: the DMA API of a remapped function */
+
+extern const struct dma_map_ops coiommu_remap_ops;
+
+/* remap.c: which functions are to be remapped, by parameter and debugfs */
+
+extern const struct file_operations coiommu_remap_fops;
+
+int coiommu_remap_init(void);
+
 /* viommu.c: the virtio device */
+
+/**
+ * struct coiommu_limits - what the device says of domains; VIRTIO 1.2 section 5.13.4
+ * @can_map: it has MAP and UNMAP
+ * @page_size_mask: of MAP
+ * @first: address that can be mapped
+ * @last: inclusive
+ * @domain_first: domain number
+ * @domain_last: inclusive
+ * @probe_size: 0: there is no PROBE
+ */
+struct coiommu_limits {
+	bool can_map;
+	u64 page_size_mask;
+	u64 first;
+	u64 last;
+	u32 domain_first;
+	u32 domain_last;
+	u32 probe_size;
+};
+
+const struct coiommu_limits *coiommu_viommu_limits(void);
 
 void coiommu_viommu_read_assigned(void);
 int coiommu_viommu_register(void);

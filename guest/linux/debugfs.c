@@ -63,6 +63,8 @@ void coiommu_debugfs_init(bool selftest)
 	debugfs_create_file("table", 0400, directory, NULL, &table_fops);
 	if (selftest)
 		debugfs_create_file("selftest", 0600, directory, NULL, &coiommu_selftest_fops);
+	else
+		debugfs_create_file("remap", 0600, directory, NULL, &coiommu_remap_fops);
 }
 
 void coiommu_debugfs_exit(void)

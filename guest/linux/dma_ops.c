@@ -16,11 +16,6 @@
 
 #include "coiommu.h"
 
-static inline struct coiommu_hook *to_hook(struct device *dev)
-{
-	return container_of(dev->dma_ops, struct coiommu_hook, ops);
-}
-
 static inline phys_addr_t device_sees(struct coiommu_hook *hook, dma_addr_t addr)
 {
 	return dma_to_phys(&hook->shadow, addr);
@@ -156,7 +151,7 @@ void coiommu_untrack_sg(struct coiommu_hook *hook, struct scatterlist *sgl, int 
 static dma_addr_t co_map_page(struct device *dev, struct page *page, unsigned long offset,
 			      size_t size, enum dma_data_direction dir, unsigned long attrs)
 {
-	struct coiommu_hook *hook = to_hook(dev);
+	struct coiommu_hook *hook = coiommu_to_hook(dev);
 	dma_addr_t addr = dma_map_page_attrs(&hook->shadow, page, offset, size, dir, attrs);
 
 	if (unlikely(addr == DMA_MAPPING_ERROR)) {
@@ -177,7 +172,7 @@ static dma_addr_t co_map_page(struct device *dev, struct page *page, unsigned lo
 static void co_unmap_page(struct device *dev, dma_addr_t addr, size_t size,
 			  enum dma_data_direction dir, unsigned long attrs)
 {
-	struct coiommu_hook *hook = to_hook(dev);
+	struct coiommu_hook *hook = coiommu_to_hook(dev);
 
 	coiommu_untrack(hook, addr, size, dir);
 	dma_unmap_page_attrs(&hook->shadow, addr, size, dir, attrs);
@@ -192,7 +187,7 @@ static int co_map_sg(struct device *dev, struct scatterlist *sgl, int nents,
 		     enum dma_data_direction dir, unsigned long attrs)
 {
 	struct sg_table table = { .sgl = sgl, .orig_nents = nents };
-	struct coiommu_hook *hook = to_hook(dev);
+	struct coiommu_hook *hook = coiommu_to_hook(dev);
 	struct scatterlist *sg;
 	int i, ret;
 
@@ -219,7 +214,7 @@ static int co_map_sg(struct device *dev, struct scatterlist *sgl, int nents,
 static void co_unmap_sg(struct device *dev, struct scatterlist *sgl, int nents,
 			enum dma_data_direction dir, unsigned long attrs)
 {
-	struct coiommu_hook *hook = to_hook(dev);
+	struct coiommu_hook *hook = coiommu_to_hook(dev);
 
 	coiommu_untrack_sg(hook, sgl, nents, dir);
 	dma_unmap_sg_attrs(&hook->shadow, sgl, nents, dir, attrs);
@@ -252,7 +247,7 @@ static void refresh_coherent_mask(struct coiommu_hook *hook)
 static void *co_alloc(struct device *dev, size_t size, dma_addr_t *addr, gfp_t gfp,
 		      unsigned long attrs)
 {
-	struct coiommu_hook *hook = to_hook(dev);
+	struct coiommu_hook *hook = coiommu_to_hook(dev);
 	void *cpu_addr;
 
 	refresh_coherent_mask(hook);
@@ -272,7 +267,7 @@ static void *co_alloc(struct device *dev, size_t size, dma_addr_t *addr, gfp_t g
 static void co_free(struct device *dev, size_t size, void *cpu_addr, dma_addr_t addr,
 		    unsigned long attrs)
 {
-	struct coiommu_hook *hook = to_hook(dev);
+	struct coiommu_hook *hook = coiommu_to_hook(dev);
 
 	untrack_alloc(hook, addr, size, DMA_BIDIRECTIONAL);
 	dma_free_attrs(&hook->shadow, size, cpu_addr, addr, attrs);
@@ -281,7 +276,7 @@ static void co_free(struct device *dev, size_t size, void *cpu_addr, dma_addr_t 
 static struct page *co_alloc_pages(struct device *dev, size_t size, dma_addr_t *addr,
 				   enum dma_data_direction dir, gfp_t gfp)
 {
-	struct coiommu_hook *hook = to_hook(dev);
+	struct coiommu_hook *hook = coiommu_to_hook(dev);
 	struct page *page;
 
 	refresh_coherent_mask(hook);
@@ -301,7 +296,7 @@ static struct page *co_alloc_pages(struct device *dev, size_t size, dma_addr_t *
 static void co_free_pages(struct device *dev, size_t size, struct page *page, dma_addr_t addr,
 			  enum dma_data_direction dir)
 {
-	struct coiommu_hook *hook = to_hook(dev);
+	struct coiommu_hook *hook = coiommu_to_hook(dev);
 
 	untrack_alloc(hook, addr, size, dir);
 	dma_free_pages(&hook->shadow, size, page, addr, dir);
@@ -311,40 +306,40 @@ static void co_sync_single_for_cpu(struct device *dev, dma_addr_t addr, size_t s
 				   enum dma_data_direction dir)
 {
 	coiommu_count(sync);
-	dma_sync_single_for_cpu(&to_hook(dev)->shadow, addr, size, dir);
+	dma_sync_single_for_cpu(&coiommu_to_hook(dev)->shadow, addr, size, dir);
 }
 
 static void co_sync_single_for_device(struct device *dev, dma_addr_t addr, size_t size,
 				      enum dma_data_direction dir)
 {
 	coiommu_count(sync);
-	dma_sync_single_for_device(&to_hook(dev)->shadow, addr, size, dir);
+	dma_sync_single_for_device(&coiommu_to_hook(dev)->shadow, addr, size, dir);
 }
 
 static void co_sync_sg_for_cpu(struct device *dev, struct scatterlist *sgl, int nents,
 			       enum dma_data_direction dir)
 {
 	coiommu_count(sync);
-	dma_sync_sg_for_cpu(&to_hook(dev)->shadow, sgl, nents, dir);
+	dma_sync_sg_for_cpu(&coiommu_to_hook(dev)->shadow, sgl, nents, dir);
 }
 
 static void co_sync_sg_for_device(struct device *dev, struct scatterlist *sgl, int nents,
 				  enum dma_data_direction dir)
 {
 	coiommu_count(sync);
-	dma_sync_sg_for_device(&to_hook(dev)->shadow, sgl, nents, dir);
+	dma_sync_sg_for_device(&coiommu_to_hook(dev)->shadow, sgl, nents, dir);
 }
 
 static int co_mmap(struct device *dev, struct vm_area_struct *vma, void *cpu_addr, dma_addr_t addr,
 		   size_t size, unsigned long attrs)
 {
-	return dma_mmap_attrs(&to_hook(dev)->shadow, vma, cpu_addr, addr, size, attrs);
+	return dma_mmap_attrs(&coiommu_to_hook(dev)->shadow, vma, cpu_addr, addr, size, attrs);
 }
 
 static int co_get_sgtable(struct device *dev, struct sg_table *sgt, void *cpu_addr,
 			  dma_addr_t addr, size_t size, unsigned long attrs)
 {
-	return dma_get_sgtable_attrs(&to_hook(dev)->shadow, sgt, cpu_addr, addr, size, attrs);
+	return dma_get_sgtable_attrs(&coiommu_to_hook(dev)->shadow, sgt, cpu_addr, addr, size, attrs);
 }
 
 /* MMIO of another device: no guest frame, nothing to pin. */
@@ -352,23 +347,23 @@ static dma_addr_t co_map_resource(struct device *dev, phys_addr_t phys, size_t s
 				  enum dma_data_direction dir, unsigned long attrs)
 {
 	coiommu_count(map_resource);
-	return dma_map_resource(&to_hook(dev)->shadow, phys, size, dir, attrs);
+	return dma_map_resource(&coiommu_to_hook(dev)->shadow, phys, size, dir, attrs);
 }
 
 /* dma_direct_supported() by an exported name; the mask it leaves is refreshed before use. */
 static int co_dma_supported(struct device *dev, u64 mask)
 {
-	return !dma_set_coherent_mask(&to_hook(dev)->shadow, mask);
+	return !dma_set_coherent_mask(&coiommu_to_hook(dev)->shadow, mask);
 }
 
 static u64 co_get_required_mask(struct device *dev)
 {
-	return dma_get_required_mask(&to_hook(dev)->shadow);
+	return dma_get_required_mask(&coiommu_to_hook(dev)->shadow);
 }
 
 static size_t co_max_mapping_size(struct device *dev)
 {
-	return dma_max_mapping_size(&to_hook(dev)->shadow);
+	return dma_max_mapping_size(&coiommu_to_hook(dev)->shadow);
 }
 
 /*

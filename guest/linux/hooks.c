@@ -12,12 +12,14 @@
  *	PIN on
  *	coiommu_hooks_end():	who waits goes on; who was released binds again
  */
+#include <linux/bitmap.h>
 #include <linux/device.h>
 #include <linux/delay.h>
 #include <linux/jiffies.h>
 #include <linux/module.h>
 #include <linux/mutex.h>
 #include <linux/pci.h>
+#include <linux/seq_file.h>
 #include <linux/slab.h>
 #include <linux/wait.h>
 
@@ -45,6 +47,7 @@ static DECLARE_WAIT_QUEUE_HEAD(phase_changed);
 static enum coiommu_phase phase;
 static LIST_HEAD(hooks);
 static const u8 *assigned;		/* bit BDF of segment 0 */
+static DECLARE_BITMAP(to_remap, 1 + U16_MAX);	/* alike */
 static struct device *self;		/* the function of the virtio-iommu */
 static struct device *releasing;	/* coiommu_hooks_begin() waits for its device lock */
 static LIST_HEAD(released);		/* of coiommu_hooks_begin() and _end() alone */
@@ -107,11 +110,33 @@ static void configure_shadow(struct device *shadow, struct device *dev)
 	set_dev_node(shadow, dev_to_node(dev));
 }
 
+/* Caller: no driver is bound, so nothing is mapped. */
+static void stop_remapping(struct coiommu_hook *hook)
+{
+	if (!hook->remapped)
+		return;
+	if (hook->domain)
+		coiommu_domain_destroy(hook->domain);
+	hook->domain = NULL;
+	hook->remapped = false;
+	hook->ops = coiommu_dma_ops;
+}
+
+/* Caller: PIN is on, and no driver uses the function yet. */
+static void start_remapping(struct coiommu_hook *hook)
+{
+	hook->domain = coiommu_domain_create(hook->dev, hook->endpoint);
+	hook->remapped = true;
+	hook->ops = coiommu_remap_ops;
+}
+
 static bool hook_device(struct device *dev)
 {
 	struct coiommu_hook *hook = find_hook(dev);
 
-	if (!hook) {
+	if (hook) {
+		stop_remapping(hook);	/* left by a failed probe */
+	} else {
 		if (get_dma_ops(dev)) {
 			dev_err(dev, "coiommu: DMA is translated by something else: not tracked\n");
 			return false;
@@ -134,6 +159,7 @@ static void unhook_device(struct device *dev)
 
 	if (!hook)
 		return;
+	stop_remapping(hook);
 	if (dev->dma_ops == &hook->ops)
 		set_dma_ops(dev, NULL);
 	list_del(&hook->node);
@@ -175,6 +201,8 @@ static void driver_binds(struct device *dev)
 	mutex_lock(&hooks_lock);
 	if (phase == PHASE_OFF)
 		unhook_device(dev);
+	else if (test_bit(pci_dev_id(to_pci_dev(dev)), to_remap))
+		start_remapping(find_hook(dev));
 	else
 		dev_info(dev, "coiommu: DMA is tracked\n");
 out:
@@ -214,12 +242,18 @@ static void set_releasing(struct device *dev)
 	wake_up_all(&phase_changed);
 }
 
+/*
+ * Unless it is remapped since an earlier device: its domain has gone with that,
+ * and with the domain all that is mapped.
+ */
 static bool is_hooked(struct device *dev)
 {
+	struct coiommu_hook *hook;
 	bool hooked;
 
 	mutex_lock(&hooks_lock);
-	hooked = find_hook(dev);
+	hook = find_hook(dev);
+	hooked = hook && !hook->remapped;
 	mutex_unlock(&hooks_lock);
 	return hooked;
 }
@@ -279,7 +313,7 @@ static int release_unless_hooked(struct pci_dev *pdev)
  * @bitmap: the assigned functions; lives until the phase is off again
  * @own: the device that the virtio-iommu sits on: never touched
  *
- * Functions that are hooked since an earlier device stay as they are: their
+ * Functions that are tracked since an earlier device stay as they are: their
  * mappings are in the table. Whether this fails or not, coiommu_hooks_end() must
  * follow.
  */
@@ -358,6 +392,54 @@ bool coiommu_hooks_any(u32 *endpoint)
 		*endpoint = hook->endpoint;
 	mutex_unlock(&hooks_lock);
 	return hook;
+}
+
+bool coiommu_hooks_any_remapped(void)
+{
+	struct coiommu_hook *hook;
+	bool any = false;
+
+	mutex_lock(&hooks_lock);
+	list_for_each_entry(hook, &hooks, node)
+		any |= hook->remapped;
+	mutex_unlock(&hooks_lock);
+	return any;
+}
+
+/*
+ * Whether the functions from @first to @last are remapped, or tracked, from their
+ * next driver on. Not while one is bound: what it has mapped would have to be
+ * mapped anew, at other addresses.
+ */
+int coiommu_hooks_want_remapped(u32 first, u32 last, bool on)
+{
+	struct coiommu_hook *hook;
+	int ret = 0;
+
+	mutex_lock(&hooks_lock);
+	list_for_each_entry(hook, &hooks, node)
+		if (hook->endpoint >= first && hook->endpoint <= last && hook->dev->driver) {
+			dev_err(hook->dev, "coiommu: unbind its driver first\n");
+			ret = -EBUSY;
+		}
+	if (!ret && on)
+		bitmap_set(to_remap, first, last - first + 1);
+	else if (!ret)
+		bitmap_clear(to_remap, first, last - first + 1);
+	mutex_unlock(&hooks_lock);
+	return ret;
+}
+
+/* What is hooked: "tracked", "remapped", or "blocked", when it should be but is in no domain. */
+void coiommu_hooks_show_remapped(struct seq_file *file)
+{
+	struct coiommu_hook *hook;
+
+	mutex_lock(&hooks_lock);
+	list_for_each_entry(hook, &hooks, node)
+		seq_printf(file, "%s %s\n", dev_name(hook->dev),
+			   !hook->remapped ? "tracked" : hook->domain ? "remapped" : "blocked");
+	mutex_unlock(&hooks_lock);
 }
 
 int coiommu_hooks_init(void)

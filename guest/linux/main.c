@@ -12,16 +12,28 @@ static bool selftest;
 module_param(selftest, bool, 0444);
 MODULE_PARM_DESC(selftest, "Track nothing; instead, test the counting by a debugfs file");
 
+static bool lazy;
+module_param(lazy, bool, 0444);
+MODULE_PARM_DESC(lazy, "Remapped functions: UNMAP later, many at once; faster, and not as safe");
+
 static int __init start_tracking(void)
 {
 	int ret;
 
-	ret = coiommu_hooks_init();
+	ret = coiommu_domains_init(lazy);
 	if (ret)
 		return ret;
+	ret = coiommu_remap_init() ?: coiommu_hooks_init();
+	if (ret)
+		goto exit_domains;
 	ret = coiommu_viommu_register();
 	if (ret)
-		coiommu_hooks_exit();
+		goto exit_hooks;
+	return 0;
+exit_hooks:
+	coiommu_hooks_exit();
+exit_domains:
+	coiommu_domains_exit();
 	return ret;
 }
 
@@ -30,6 +42,7 @@ static void __exit stop_tracking(void)
 {
 	coiommu_viommu_unregister();
 	coiommu_hooks_exit();
+	coiommu_domains_exit();
 }
 
 static int __init coiommu_init(void)

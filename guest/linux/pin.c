@@ -1,9 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
- * PIN requests. abi.md section 3, "PIN request".
- *
- * They are made by mappings, so in atomic context: one at a time, under a
- * spinlock with interrupts off, and the answer is polled for.
+ * PIN requests: what mappings ask for whose frames are not pinned. abi.md
+ * section 3, "PIN request".
  */
 #define pr_fmt(fmt) KBUILD_MODNAME ": " fmt
 
@@ -11,14 +9,10 @@
 #include <linux/mm.h>
 #include <linux/pci.h>
 #include <linux/ratelimit.h>
-#include <linux/spinlock.h>
 
 #include "coiommu.h"
 
-/* No status of the standard: what the tail says until the device has answered. */
-#define STATUS_UNANSWERED	0xff
-
-/* One page, shared with the device while a request is out. */
+/* In one page, shared with the device while a request is out. */
 struct pin_buffer {
 	struct virtio_iommu_req_tail tail;
 	struct virtio_iommu_req_pin request ____cacheline_aligned;
@@ -27,59 +21,13 @@ struct pin_buffer {
 #define BUFFER_RANGES	((PAGE_SIZE - sizeof(struct pin_buffer)) / \
 			 sizeof(struct virtio_iommu_pin_range))
 
+/* The request being built. Protected by the turn. */
 static struct {
-	spinlock_t lock;	/* protects all of it, and the channel */
-	bool on;		/* the device has said that PIN is on */
-	bool lost;		/* it has not given the buffer back in time */
-	const struct coiommu_channel *channel;
-	struct pin_buffer *buffer;
-	u32 nr_ranges;		/* of the request being built */
-	u32 nr_ranges_max;
+	struct pin_buffer *buffer;	/* the turn's page */
+	u32 nr_ranges;
+	u32 nr_ranges_max;		/* what the device accepts */
 	u32 nr_frames;
-} requests = {
-	.lock = __SPIN_LOCK_UNLOCKED(requests.lock),
-};
-
-static const char * const status_names[] = {
-	[VIRTIO_IOMMU_S_OK]	= "OK",
-	[VIRTIO_IOMMU_S_IOERR]	= "IOERR",
-	[VIRTIO_IOMMU_S_UNSUPP]	= "UNSUPP",
-	[VIRTIO_IOMMU_S_DEVERR]	= "DEVERR",
-	[VIRTIO_IOMMU_S_INVAL]	= "INVAL",
-	[VIRTIO_IOMMU_S_RANGE]	= "RANGE",
-	[VIRTIO_IOMMU_S_NOENT]	= "NOENT",
-	[VIRTIO_IOMMU_S_FAULT]	= "FAULT",
-	[VIRTIO_IOMMU_S_NOMEM]	= "NOMEM",
-};
-
-const char *coiommu_status_name(u8 status)
-{
-	return status < ARRAY_SIZE(status_names) ? status_names[status] : "unknown status";
-}
-
-int coiommu_status_to_errno(u8 status)
-{
-	switch (status) {
-	case VIRTIO_IOMMU_S_OK:
-		return 0;
-	case VIRTIO_IOMMU_S_UNSUPP:
-		return -ENOSYS;
-	case VIRTIO_IOMMU_S_INVAL:
-		return -EINVAL;
-	case VIRTIO_IOMMU_S_RANGE:
-		return -ERANGE;
-	case VIRTIO_IOMMU_S_NOENT:
-		return -ENOENT;
-	case VIRTIO_IOMMU_S_FAULT:
-		return -EFAULT;
-	case VIRTIO_IOMMU_S_NOMEM:
-		return -ENOMEM;
-	case VIRTIO_IOMMU_S_IOERR:
-	case VIRTIO_IOMMU_S_DEVERR:
-	default:
-		return -EIO;
-	}
-}
+} building;
 
 static void count_status(u8 status)
 {
@@ -118,28 +66,24 @@ static void count_status(u8 status)
 /* Send the request in the buffer and wait: the status of abi.md section 3, or an errno. */
 static int exchange(u32 endpoint)
 {
-	struct virtio_iommu_req_pin *request = &requests.buffer->request;
-	struct virtio_iommu_req_tail *tail = &requests.buffer->tail;
+	struct virtio_iommu_req_pin *request = &building.buffer->request;
+	struct virtio_iommu_req_tail *tail = &building.buffer->tail;
 	int ret;
-
-	lockdep_assert_held(&requests.lock);
 
 	request->head = (struct virtio_iommu_req_head){ .type = VIRTIO_IOMMU_T_PIN };
 	request->endpoint = cpu_to_le32(endpoint);
 	request->flags = 0;
-	request->nr_ranges = cpu_to_le32(requests.nr_ranges);
-	*tail = (struct virtio_iommu_req_tail){ .status = STATUS_UNANSWERED };
+	request->nr_ranges = cpu_to_le32(building.nr_ranges);
+	*tail = (struct virtio_iommu_req_tail){ .status = COIOMMU_UNANSWERED };
 
-	ret = requests.channel->send(request, struct_size(request, ranges, requests.nr_ranges),
-				     tail);
+	ret = coiommu_turn_send(request, struct_size(request, ranges, building.nr_ranges),
+				tail, sizeof(*tail));
 	if (ret)
 		return ret;
 	coiommu_count(pin_requests);
 
-	ret = requests.channel->await();
+	ret = coiommu_turn_await();
 	if (ret < 0) {
-		/* The buffer may be the device's still: leave it alone. See recover(). */
-		requests.lost = true;
 		coiommu_count(pin_lost);
 		return ret;
 	}
@@ -153,10 +97,10 @@ static int exchange(u32 endpoint)
  */
 static bool all_pinned(void)
 {
-	const struct virtio_iommu_pin_range *range = requests.buffer->request.ranges;
+	const struct virtio_iommu_pin_range *range = building.buffer->request.ranges;
 	u32 i, j;
 
-	for (i = 0; i < requests.nr_ranges; i++, range++)
+	for (i = 0; i < building.nr_ranges; i++, range++)
 		for (j = 0; j < le32_to_cpu(range->nr_frames); j++)
 			if (!coiommu_dtt_pinned(le64_to_cpu(range->gfn) + j))
 				return false;
@@ -167,10 +111,10 @@ static void flush(struct coiommu_pin *pin)
 {
 	int ret;
 
-	if (!requests.nr_ranges || pin->error)
+	if (!building.nr_ranges || pin->error)
 		return;
 
-	pin->nr_frames = requests.nr_frames;
+	pin->nr_frames = building.nr_frames;
 	ret = exchange(pin->endpoint);
 	if (ret < 0) {
 		pin->error = ret;
@@ -182,76 +126,58 @@ static void flush(struct coiommu_pin *pin)
 		coiommu_count(pin_not_seen);
 		pin->error = -EPROTO;
 	} else {
-		coiommu_add(pin_frames, requests.nr_frames);
+		coiommu_add(pin_frames, building.nr_frames);
 	}
-	requests.nr_ranges = 0;
-	requests.nr_frames = 0;
-}
-
-/*
- * A device that was late (its process was stopped, say) may have answered by
- * now. That mapping has failed long since; the buffer is ours again, and frames
- * pinned for nothing are the host's to unpin.
- */
-static bool recover(void)
-{
-	if (!requests.lost || !requests.on || !requests.channel->returned())
-		return false;
-	requests.lost = false;
-	return true;
+	building.nr_ranges = 0;
+	building.nr_frames = 0;
 }
 
 /* Start the pin requests of one mapping. Its frames have been counted up. */
-void coiommu_pin_begin(struct coiommu_pin *pin, u32 endpoint) __acquires(&requests.lock)
+void coiommu_pin_begin(struct coiommu_pin *pin, u32 endpoint)
 {
-	unsigned long flags;
-
 	*pin = (struct coiommu_pin){ .endpoint = endpoint };
-	spin_lock_irqsave(&requests.lock, flags);
-	pin->flags = flags;
-	pin->recovered = recover();
-	requests.nr_ranges = 0;
-	requests.nr_frames = 0;
+	coiommu_turn_begin(&pin->turn);
+	building.buffer = pin->turn.page;
+	building.nr_ranges = 0;
+	building.nr_frames = 0;
 }
 
 static void add_frame(struct coiommu_pin *pin, u64 gfn)
 {
 	struct virtio_iommu_pin_range *range;
 
-	if (requests.nr_ranges) {
+	if (building.nr_ranges) {
 		u64 start, end;
 
-		range = &requests.buffer->request.ranges[requests.nr_ranges - 1];
+		range = &building.buffer->request.ranges[building.nr_ranges - 1];
 		start = le64_to_cpu(range->gfn);
 		end = start + le32_to_cpu(range->nr_frames);
 		if (gfn >= start && gfn < end)
 			return;		/* neighbours in a list may share a frame */
 		if (gfn == end) {
 			le32_add_cpu(&range->nr_frames, 1);
-			requests.nr_frames++;
+			building.nr_frames++;
 			return;
 		}
 	}
-	if (requests.nr_ranges == requests.nr_ranges_max) {
+	if (building.nr_ranges == building.nr_ranges_max) {
 		flush(pin);
 		if (pin->error)
 			return;
 	}
-	range = &requests.buffer->request.ranges[requests.nr_ranges++];
+	range = &building.buffer->request.ranges[building.nr_ranges++];
 	*range = (struct virtio_iommu_pin_range){
 		.gfn = cpu_to_le64(gfn),
 		.nr_frames = cpu_to_le32(1),
 	};
-	requests.nr_frames++;
+	building.nr_frames++;
 }
 
 /* Ask for those of @nr frames that are not pinned. */
 void coiommu_pin_add(struct coiommu_pin *pin, u64 gfn, u64 nr)
 {
-	lockdep_assert_held(&requests.lock);
-
 	/* Without a device there is no buffer to fill. */
-	if (!pin->error && (!requests.on || requests.lost)) {
+	if (!pin->error && !building.buffer) {
 		coiommu_count(pin_off);
 		pin->nr_frames = nr;
 		pin->error = -ENODEV;
@@ -279,21 +205,18 @@ static void report(const struct coiommu_pin *pin)
 {
 	u8 devfn = pin->endpoint & 0xff;
 
-	if (pin->recovered)
-		pr_warn("the device answers again\n");
-	if (pin->error == -ETIMEDOUT)
-		pr_err("the device does not answer: new mappings fail until it does\n");
-	else if (pin->error)
+	coiommu_turn_report(&pin->turn, pin->error);
+	if (pin->error && pin->error != -ETIMEDOUT)
 		pr_warn_ratelimited("%02x:%02x.%x: PIN of %u frames refused: %s (%d)\n",
 				    PCI_BUS_NUM(pin->endpoint), PCI_SLOT(devfn), PCI_FUNC(devfn),
 				    pin->nr_frames, reason(pin), pin->error);
 }
 
 /* 0 if every frame was seen pinned. */
-int coiommu_pin_end(struct coiommu_pin *pin) __releases(&requests.lock)
+int coiommu_pin_end(struct coiommu_pin *pin)
 {
 	flush(pin);
-	spin_unlock_irqrestore(&requests.lock, pin->flags);
+	coiommu_turn_end(&pin->turn);
 
 	if (pin->error)
 		coiommu_count(pin_refused);
@@ -301,39 +224,8 @@ int coiommu_pin_end(struct coiommu_pin *pin) __releases(&requests.lock)
 	return pin->error;
 }
 
-/* @nr_ranges_max: what the device accepts. Requests are refused until coiommu_pin_enable(). */
-int coiommu_pin_open(const struct coiommu_channel *channel, u32 nr_ranges_max)
+/* @nr_ranges: what the device accepts. Caller: there is no channel. */
+void coiommu_pin_limit(u32 nr_ranges)
 {
-	requests.buffer = (void *)get_zeroed_page(GFP_KERNEL);
-	if (!requests.buffer)
-		return -ENOMEM;
-	requests.channel = channel;
-	requests.nr_ranges_max = min_t(u32, nr_ranges_max, BUFFER_RANGES);
-	return 0;
-}
-
-void coiommu_pin_enable(void)
-{
-	spin_lock_irq(&requests.lock);
-	requests.on = true;
-	spin_unlock_irq(&requests.lock);
-}
-
-/* From now on no request is made, and none is out unless the device has lost it. */
-void coiommu_pin_disable(void)
-{
-	spin_lock_irq(&requests.lock);
-	requests.on = false;
-	spin_unlock_irq(&requests.lock);
-}
-
-/* Caller: the device has been reset, so that a buffer it had lost is ours again. */
-void coiommu_pin_close(void)
-{
-	if (!requests.buffer)
-		return;
-	requests.lost = false;
-	requests.channel = NULL;
-	free_page((unsigned long)requests.buffer);
-	requests.buffer = NULL;
+	building.nr_ranges_max = min_t(u32, nr_ranges, BUFFER_RANGES);
 }

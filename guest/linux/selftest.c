@@ -88,10 +88,9 @@ static void set_pinned(const struct frames *frames)
 		atomic_or(COIOMMU_TU_PINNED, coiommu_dtt_unit(frames->gfn[i]));
 }
 
-static int script_send(const struct virtio_iommu_req_pin *request, size_t size,
-		       struct virtio_iommu_req_tail *tail)
+static int script_send(const void *request, size_t size, void *reply, size_t reply_size)
 {
-	const u8 *bytes = (const u8 *)request;
+	const u8 *bytes = request;
 	size_t i;
 
 	seq_buf_printf(&out, "request ");
@@ -99,7 +98,7 @@ static int script_send(const struct virtio_iommu_req_pin *request, size_t size,
 		seq_buf_printf(&out, "%02x", bytes[i]);
 	seq_buf_printf(&out, "\n");
 	show_units();
-	tail_of_request = tail;
+	tail_of_request = reply;
 	return next_answer < nr_answers ? 0 : -ENODATA;
 }
 
@@ -151,16 +150,17 @@ static int start(u32 batch_max)
 	ret = coiommu_dtt_create();
 	if (ret)
 		return ret;
-	ret = coiommu_pin_open(&script, batch_max);
+	coiommu_pin_limit(batch_max);
+	ret = coiommu_requests_open(&script);
 	if (!ret)
-		coiommu_pin_enable();
+		coiommu_requests_enable();
 	return ret;
 }
 
 static void stop(void)
 {
-	coiommu_pin_disable();
-	coiommu_pin_close();
+	coiommu_requests_disable();
+	coiommu_requests_close();
 	coiommu_dtt_destroy();
 	coiommu_dtt_mark_writable(false);
 	direction = DMA_BIDIRECTIONAL;
@@ -199,9 +199,9 @@ static int do_device(char **words, unsigned int nr)
 	if (ret)
 		return ret;
 	if (on)
-		coiommu_pin_enable();
+		coiommu_requests_enable();
 	else
-		coiommu_pin_disable();
+		coiommu_requests_disable();
 	return 0;
 }
 

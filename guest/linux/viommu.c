@@ -23,21 +23,22 @@
 static struct {
 	atomic_t claimed;	/* one device at a time: there is one table */
 	struct virtio_device *vdev;
-	struct virtqueue *vq;	/* with PIN on, pin.c's lock protects it */
+	struct virtqueue *vq;	/* with PIN on, the lock of requests.c protects it */
+	bool kick_due;		/* alike */
 	u8 *assigned;		/* filled by the device */
+	struct coiommu_limits limits;
 } viommu;
 
-static int send_request(const struct virtio_iommu_req_pin *request, size_t size,
-			struct virtio_iommu_req_tail *tail)
+static int send_request(const void *request, size_t size, void *reply, size_t reply_size)
 {
 	struct scatterlist out, in, *sgs[] = { &out, &in };
 	int ret;
 
 	sg_init_one(&out, request, size);
-	sg_init_one(&in, tail, sizeof(*tail));
-	ret = virtqueue_add_sgs(viommu.vq, sgs, 1, 1, tail, GFP_ATOMIC);
+	sg_init_one(&in, reply, reply_size);
+	ret = virtqueue_add_sgs(viommu.vq, sgs, 1, 1, reply, GFP_ATOMIC);
 	if (!ret)
-		virtqueue_kick(viommu.vq);
+		viommu.kick_due = true;
 	return ret;
 }
 
@@ -47,6 +48,12 @@ static int await_answer(void)
 	ktime_t deadline = 0, renotify = 0;
 	unsigned int len, polls = 0;
 
+	/* One for all that was sent: each leaves the guest. */
+	if (viommu.kick_due) {
+		viommu.kick_due = false;
+		coiommu_count(kicks);
+		virtqueue_kick(viommu.vq);
+	}
 	while (!virtqueue_get_buf(viommu.vq, &len)) {
 		ktime_t now;
 
@@ -56,9 +63,10 @@ static int await_answer(void)
 		now = ktime_get();
 		if (!deadline)
 			deadline = ktime_add_ms(now, PIN_WAIT_MS);
-		else if (ktime_after(now, renotify))
+		else if (ktime_after(now, renotify)) {
+			coiommu_count(kicks);
 			virtqueue_notify(viommu.vq);
-		else
+		} else
 			continue;
 		renotify = ktime_add_ms(now, RENOTIFY_MS);
 		if (ktime_after(now, deadline) || virtqueue_is_broken(viommu.vq))
@@ -91,20 +99,16 @@ void coiommu_viommu_read_assigned(void)
 	virtio_cread8(viommu.vdev, VIRTIO_IOMMU_CONFIG_PIN_STATUS);
 }
 
-/* Endpoints must be in bypass: what the table tracks are guest-physical addresses. */
-static int ensure_bypass(struct virtio_device *vdev)
+static bool set_bypass(struct virtio_device *vdev, u8 bypass)
 {
 	const unsigned int at = offsetof(struct virtio_iommu_config, bypass);
 
 	if (!virtio_has_feature(vdev, VIRTIO_IOMMU_F_BYPASS_CONFIG))
-		return 0;
-	if (virtio_cread8(vdev, at) == 1)
-		return 0;
-	virtio_cwrite8(vdev, at, 1);
-	if (virtio_cread8(vdev, at) == 1)
-		return 0;
-	dev_err(&vdev->dev, "the device does not let endpoints bypass translation\n");
-	return -EIO;
+		return bypass;
+	if (virtio_cread8(vdev, at) == bypass)
+		return true;
+	virtio_cwrite8(vdev, at, bypass);
+	return virtio_cread8(vdev, at) == bypass;
 }
 
 /*
@@ -135,6 +139,34 @@ static int pin_live_frames(const u64 *gfns, unsigned int nr, void *endpoint)
 	return ret;
 }
 
+/* What domains may be; all of it once, because an access may get lost later: see RENOTIFY_MS. */
+static void read_limits(struct virtio_device *vdev)
+{
+	struct coiommu_limits *limits = &viommu.limits;
+
+	*limits = (struct coiommu_limits){
+		.can_map = virtio_has_feature(vdev, VIRTIO_IOMMU_F_MAP_UNMAP),
+		.last = U64_MAX,
+		.domain_last = U32_MAX,
+	};
+	virtio_cread_le(vdev, struct virtio_iommu_config, page_size_mask, &limits->page_size_mask);
+	virtio_cread_le_feature(vdev, VIRTIO_IOMMU_F_INPUT_RANGE, struct virtio_iommu_config,
+				input_range.start, &limits->first);
+	virtio_cread_le_feature(vdev, VIRTIO_IOMMU_F_INPUT_RANGE, struct virtio_iommu_config,
+				input_range.end, &limits->last);
+	virtio_cread_le_feature(vdev, VIRTIO_IOMMU_F_DOMAIN_RANGE, struct virtio_iommu_config,
+				domain_range.start, &limits->domain_first);
+	virtio_cread_le_feature(vdev, VIRTIO_IOMMU_F_DOMAIN_RANGE, struct virtio_iommu_config,
+				domain_range.end, &limits->domain_last);
+	virtio_cread_le_feature(vdev, VIRTIO_IOMMU_F_PROBE, struct virtio_iommu_config,
+				probe_size, &limits->probe_size);
+}
+
+const struct coiommu_limits *coiommu_viommu_limits(void)
+{
+	return &viommu.limits;
+}
+
 static int turn_pin_on(struct virtio_device *vdev)
 {
 	u32 endpoint;
@@ -157,7 +189,7 @@ static int turn_pin_on(struct virtio_device *vdev)
 		return -EIO;
 	}
 
-	coiommu_pin_enable();
+	coiommu_requests_enable();
 	if (!coiommu_hooks_any(&endpoint))
 		return 0;
 	return coiommu_dtt_for_each_live(pin_live_frames, &endpoint);
@@ -167,9 +199,6 @@ static int activate(struct virtio_device *vdev)
 {
 	int ret;
 
-	ret = ensure_bypass(vdev);
-	if (ret)
-		return ret;
 	coiommu_viommu_read_assigned();
 
 	ret = coiommu_dtt_create();
@@ -179,6 +208,11 @@ static int activate(struct virtio_device *vdev)
 	}
 	coiommu_dtt_mark_writable(virtio_has_feature(vdev, VIRTIO_IOMMU_F_PIN_DIRTY));
 	ret = coiommu_hooks_begin(viommu.assigned, vdev->dev.parent);
+	/* What the table tracks are guest-physical addresses; and nobody is remapped now. */
+	if (!ret && !set_bypass(vdev, 1)) {
+		dev_err(&vdev->dev, "the device does not let endpoints bypass translation\n");
+		ret = -EIO;
+	}
 	if (!ret)
 		ret = turn_pin_on(vdev);
 	if (ret)
@@ -209,7 +243,9 @@ static int start(struct virtio_device *vdev)
 		viommu.vq = NULL;
 		return ret;
 	}
-	ret = coiommu_pin_open(&channel, batch_max);
+	coiommu_pin_limit(batch_max);
+	read_limits(vdev);
+	ret = coiommu_requests_open(&channel);
 	if (ret)
 		return ret;
 	virtio_device_ready(vdev);
@@ -219,13 +255,13 @@ static int start(struct virtio_device *vdev)
 /* Also undoes a start() that failed half way. */
 static void stop(struct virtio_device *vdev)
 {
-	coiommu_pin_disable();
+	coiommu_requests_disable();
 	if (viommu.vq) {
 		virtio_cwrite8(vdev, VIRTIO_IOMMU_CONFIG_PIN_CONTROL,
 			       VIRTIO_IOMMU_PIN_CONTROL_OFF);
 		virtio_reset_device(vdev);
 		virtqueue_detach_unused_buf(viommu.vq);
-		coiommu_pin_close();
+		coiommu_requests_close();
 		vdev->config->del_vqs(vdev);
 		viommu.vq = NULL;
 		coiommu_dtt_forget_pins();
@@ -290,11 +326,18 @@ static void viommu_scan(struct virtio_device *vdev)
  * may release its pins once all assigned functions were reset (abi.md section
  * 4, "frozen"), and nobody would clear P. When a device is bound again, it takes
  * over the table, pins what is mapped, and mappings succeed again.
+ *
+ * A function that is remapped loses its domain with the reset. In bypass its
+ * addresses would then be those of other memory: hence no bypass until the next
+ * device, which releases such functions from their drivers first. Tracked ones
+ * reach nothing meanwhile either.
  */
 static void viommu_remove(struct virtio_device *vdev)
 {
 	unsigned int left = coiommu_hooks_stop();
 
+	if (coiommu_hooks_any_remapped() && !set_bypass(vdev, 0))
+		dev_crit(&vdev->dev, "remapped functions reach memory that is not theirs\n");
 	stop(vdev);
 	if (left)
 		dev_warn(&vdev->dev, "%u functions can map nothing until there is a coIOMMU again\n",
@@ -315,7 +358,11 @@ static int viommu_freeze(struct virtio_device *vdev)
 #endif
 
 static const unsigned int features[] = {
+	VIRTIO_IOMMU_F_INPUT_RANGE,
+	VIRTIO_IOMMU_F_DOMAIN_RANGE,
+	VIRTIO_IOMMU_F_MAP_UNMAP,
 	VIRTIO_IOMMU_F_BYPASS,
+	VIRTIO_IOMMU_F_PROBE,
 	VIRTIO_IOMMU_F_BYPASS_CONFIG,
 	VIRTIO_IOMMU_F_PIN_PAGE,
 	VIRTIO_IOMMU_F_PIN_DIRTY,

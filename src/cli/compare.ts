@@ -1,10 +1,10 @@
 import { Command } from "commander";
 import { UserError } from "../base/errors.ts";
-import type { Strategy } from "../control/host-side.ts";
 import type { CompareResult, RunResult } from "../control/result.ts";
+import { STRATEGIES, type Strategy } from "../control/strategy.ts";
 import { withApi } from "./api.ts";
 import { prepareMachine } from "./machine-choice.ts";
-import { addMachineOptions, type MachineOptions, STRATEGIES } from "./machine-options.ts";
+import { addMachineOptions, type MachineOptions } from "./machine-options.ts";
 import { table, writeJson } from "./output.ts";
 import { Progress } from "./progress.ts";
 import { parseCount, parseListOf } from "./units.ts";
@@ -18,7 +18,11 @@ export const compareCommand = (): Command =>
   addMachineOptions(
     new Command("compare")
       .description("The same workload under several strategies, alternating, in one run.")
-      .option("--strategies <list>", `of ${STRATEGIES.join(", ")}`, parseListOf(STRATEGIES), [...STRATEGIES])
+      .option("--strategies <list>", `of ${STRATEGIES.join(", ")}`, parseListOf(STRATEGIES), [
+        "none",
+        "static",
+        "coiommu",
+      ])
       .option("--rounds <n>", "how often each strategy runs; the table shows medians", parseCount(1, 100), 3),
   ).action(async (options: CompareOptions) => {
     if (options.workload?.name === "shell")
@@ -29,7 +33,7 @@ export const compareCommand = (): Command =>
       const complaints: string[] = [];
       const total = options.rounds * options.strategies.length;
       await withApi(options.api, progress.warn, async (api) => {
-        const runUnder = await prepareMachine(options, progress, api);
+        const runUnder = await prepareMachine(options, options.strategies, progress, api);
         for (const strategy of alternating(options.strategies, options.rounds)) {
           progress.prefix(`[${runs.length + 1}/${total}] ${strategy}: `);
           const { result, complaints: met } = await runUnder(strategy);

@@ -1,7 +1,8 @@
 import { type Command, Option } from "commander";
 import type { Nanoseconds } from "../base/units.ts";
-import type { PinnerName, Strategy } from "../control/host-side.ts";
+import type { PinnerName } from "../control/host-side.ts";
 import type { RunOptions } from "../control/run.ts";
+import type { Strategy } from "../control/strategy.ts";
 import { parseWorkload, type Workload } from "../control/workload.ts";
 import { FIO_USAGE, GPU_USAGE, NIC_USAGE } from "../machine/workload-text.ts";
 import { createPolicy } from "../policy/registry.ts";
@@ -16,7 +17,6 @@ import {
   quotaFrames,
 } from "./units.ts";
 
-export const STRATEGIES = ["none", "static", "coiommu"] as const satisfies readonly Strategy[];
 const PINNERS = ["auto", "io_uring", "software"] as const;
 const MACHINES = ["auto", "qemu", "embedded"] as const;
 const ACCELS = ["auto", "tcg", "kvm"] as const;

@@ -40,6 +40,9 @@ interface Row {
   readonly sum?: boolean;
 }
 
+const perMapping = ({ steady }: RunResult, n: number | null): number | null =>
+  steady?.maps && n !== null ? (1000 * n) / steady.maps : null;
+
 const ROWS: readonly Row[] = [
   { label: "pinned before the guest starts, ms", of: (r) => r.creation.pinMs, ratio: true },
   { label: "to user space, ms", of: (r) => r.creation.toUserspaceMs, ratio: true },
@@ -61,7 +64,17 @@ const ROWS: readonly Row[] = [
   { label: "pin requests (exits)", of: (r) => r.pins.requests },
   {
     label: "pin requests per 1,000 mappings, after 1 s",
-    of: (r) => (r.steady?.maps ? (1000 * r.steady.pinRequests) / r.steady.maps : null),
+    of: (r) => perMapping(r, r.steady?.pinRequests ?? null),
+  },
+  {
+    label: "MAP and UNMAP requests",
+    of: ({ maps: { mapRequests, unmapRequests } }) =>
+      mapRequests === null || unmapRequests === null ? null : mapRequests + unmapRequests,
+  },
+  { label: "exits for them", of: (r) => r.maps.exits },
+  {
+    label: "exits for them per 1,000 mappings, after 1 s",
+    of: (r) => perMapping(r, r.steady?.exits ?? null),
   },
   { label: "pin requests refused", of: (r) => r.pins.refused, sum: true },
   { label: "DMA faults", of: (r) => r.dma.faults, sum: true },

@@ -1,9 +1,9 @@
 import { Command } from "commander";
 import { UserError } from "../base/errors.ts";
-import type { Strategy } from "../control/host-side.ts";
+import { STRATEGIES, type Strategy } from "../control/strategy.ts";
 import { withApi } from "./api.ts";
 import { prepareMachine } from "./machine-choice.ts";
-import { addMachineOptions, type MachineOptions, STRATEGIES } from "./machine-options.ts";
+import { addMachineOptions, type MachineOptions } from "./machine-options.ts";
 import { table, writeJson } from "./output.ts";
 import { Progress } from "./progress.ts";
 import { parseOneOf } from "./units.ts";
@@ -22,7 +22,7 @@ export const runCommand = (): Command =>
     const progress = new Progress();
     try {
       const { result, complaints } = await withApi(options.api, progress.warn, async (api) => {
-        const runUnder = await prepareMachine(options, progress, api);
+        const runUnder = await prepareMachine(options, [options.strategy], progress, api);
         return await runUnder(options.strategy);
       });
       progress.stop();

@@ -49,7 +49,7 @@ for (const [flag, values, form] of [
     /--workload/,
   ],
   ["--disk-size", ["1M", "big"], /such as 512M or 2G/],
-  ["--strategy", ["all", ""], /one of none, static, coiommu/],
+  ["--strategy", ["all", ""], /one of none, static, viommu-strict, viommu-lazy, coiommu/],
   ["--api", ["localhost:8080", ":80", "", "a".repeat(108)], /path of a Unix socket/],
 ] as const)
   for (const value of values)
@@ -61,10 +61,18 @@ for (const [flag, values, form] of [
 
 for (const [args, form] of [
   [["compare", "--strategies", "none,none"], /--strategies.*twice/],
-  [["compare", "--strategies", "none,best"], /--strategies.*one of none, static, coiommu/],
+  [
+    ["compare", "--strategies", "none,best"],
+    /--strategies.*one of none, static, viommu-strict, viommu-lazy, coiommu/,
+  ],
   [["compare", "--workload", "shell"], /--workload shell.*coiommu run/],
   [["run", "--machine", "embedded", "--workload", "shell"], /--workload shell: needs a VM/],
   [["run", "--machine", "embedded", "--accel", "kvm"], /--accel kvm: needs a VM/],
+  [["run", "--machine", "embedded", "--strategy", "viommu-strict"], /strategy viommu-strict: needs a VM/],
+  [
+    ["compare", "--machine", "embedded", "--strategies", "none,viommu-lazy"],
+    /strategy viommu-lazy: needs a VM/,
+  ],
   [
     ["run", "--machine", "qemu", "--workload", "nic:mode=fresh"],
     /--workload nic:mode=fresh: needs --machine embedded/,

@@ -126,7 +126,10 @@ export class EmbeddedMachine implements Machine {
   #driverState(): DriverState | null {
     const { tracked, driverCounters } = this.#threads;
     return tracked
-      ? sums(["map", "unmap", "framesMapped", "framesUnmapped", "pinRequests"], driverCounters)
+      ? {
+          ...sums(["map", "unmap", "framesMapped", "framesUnmapped", "pinRequests"], driverCounters),
+          ...{ mapRequests: 0, unmapRequests: 0, exits: 0 },
+        }
       : null;
   }
 }

@@ -3,7 +3,7 @@ import { formatBdf } from "../base/units.ts";
 import type { GuestAgent } from "../machine/qemu/agent.ts";
 import type { Guest } from "../machine/qemu/guest.ts";
 import { DISK_BDF } from "./disk.ts";
-import type { Strategy } from "./host-side.ts";
+import { hasDriver, isRemapping, type Strategy } from "./strategy.ts";
 
 /** What is done inside the guest, beside the workload. */
 
@@ -19,13 +19,15 @@ export async function demand(agent: GuestAgent, script: string, what: string): P
 
 /** Our module before virtio_pci: then the disk's DMA operations are replaced before its driver binds. */
 export async function loadDrivers(agent: GuestAgent, guest: Guest, strategy: Strategy): Promise<void> {
-  const tracked = strategy === "coiommu";
+  const driven = hasDriver(strategy);
+  const lazy = strategy === "viommu-lazy" ? " lazy=1" : "";
+  const parameters = isRemapping(strategy) ? ` remap=all${lazy}` : "";
   const script = `set -e
-${tracked ? `modprobe ${guest.moduleName}` : ""}
+${driven ? `modprobe ${guest.moduleName}${parameters}` : ""}
 modprobe virtio_pci
 modprobe virtio_blk
 i=0; while [ ! -b /dev/vda ]; do i=$((i+1)); [ $i -lt 200 ] || { dmesg | tail -20; exit 1; }; usleep 50000; done
-${tracked ? `[ -e ${DEBUGFS}/counters ] || { dmesg | tail -20; exit 1; }` : ""}`;
+${driven ? `[ -e ${DEBUGFS}/counters ] || { dmesg | tail -20; exit 1; }` : ""}`;
   await demand(agent, script, "loading the drivers");
 }
 

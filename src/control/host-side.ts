@@ -15,8 +15,9 @@ import { TRACKING_COUNTERS, Tracker, type TrackerOptions } from "../tracking/tra
 import { VirtioIommu } from "../virtio/iommu.ts";
 import { VirtioPciFunction } from "../virtio/pci.ts";
 import type { DirtyCommands } from "./dirty.ts";
+import { ringAddresses } from "./ring-addresses.ts";
+import { hasDriver, type Strategy } from "./strategy.ts";
 
-export type Strategy = "none" | "static" | "coiommu";
 export type PinnerName = "io_uring" | "software";
 
 /** An assigned function. */
@@ -32,7 +33,7 @@ export interface HostSideData {
   /** Functions that are tracked from the start. */
   readonly assigned: readonly AssignedFunction[];
   readonly strategy: Strategy;
-  /** Whether firmware runs before the guest's driver, and may make devices use memory. */
+  /** Whether this is a QEMU: firmware runs before the guest's driver, and may make devices use memory. */
   readonly firmware: boolean;
   readonly pinner: PinnerName;
   readonly policy: string;
@@ -127,7 +128,7 @@ export class HostSide {
       memory: this.memory,
       tracker: this.#tracker,
       assigned: this.#assigned,
-      pinPage: data.strategy === "coiommu",
+      pinPage: hasDriver(data.strategy),
       hostError: (error) => this.#hostFailed(error),
     });
     this.function = new VirtioPciFunction(this.#device, this.memory);
@@ -138,6 +139,8 @@ export class HostSide {
     const before = monotonicClock.now();
     const covered = regions.filter(({ gpa, size }) => gpa + size <= this.#iommu.frames * FRAME_SIZE);
     if (covered.length < regions.length) this.#warn(BEYOND_TABLE);
+    const range = this.#data.firmware ? ringAddresses(covered) : undefined;
+    if (range) this.#device.setInputRange(range);
     try {
       this.#tracker.setMemory(covered);
     } catch (error) {
@@ -247,7 +250,7 @@ export class HostSide {
 }
 
 const beforeActivation = ({ strategy, firmware }: HostSideData): BeforeActivation =>
-  strategy === "static" ? "all" : strategy === "coiommu" && firmware ? "bios" : "none";
+  strategy === "static" ? "all" : hasDriver(strategy) && firmware ? "bios" : "none";
 
 function explain(error: HostError): string {
   if (error.errno !== "ENOMEM" || canExceedMemlock())

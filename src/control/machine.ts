@@ -5,9 +5,10 @@ import type { DeviceCounters } from "../device/counters.ts";
 import type { DriverCounters } from "../driver/counters.ts";
 import type { TrackingCounters } from "../tracking/tracker.ts";
 import type { DirtyFrames } from "./dirty.ts";
-import type { PinnerName, Started, Stopped, Strategy } from "./host-side.ts";
+import type { PinnerName, Started, Stopped } from "./host-side.ts";
 import type { Operator } from "./operator.ts";
 import type { RunResult, WorkloadResult } from "./result.ts";
+import type { Strategy } from "./strategy.ts";
 import type { Workload } from "./workload.ts";
 
 /** What every machine is made from. */
@@ -33,6 +34,10 @@ export interface DriverState {
   readonly framesMapped: number;
   readonly framesUnmapped: number;
   readonly pinRequests: number;
+  readonly mapRequests: number;
+  readonly unmapRequests: number;
+  /** Notifications of the virtio-iommu. */
+  readonly exits: number;
 }
 
 export interface Booted {

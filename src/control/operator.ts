@@ -3,7 +3,8 @@ import type { WorkerHost } from "../machine/commands.ts";
 import type { UnpinPolicy } from "../policy/policy.ts";
 import { createPolicy } from "../policy/registry.ts";
 import type { Tracker } from "../tracking/tracker.ts";
-import type { Strategy, UnpinIdle } from "./host-side.ts";
+import type { UnpinIdle } from "./host-side.ts";
+import type { Strategy } from "./strategy.ts";
 
 export type PolicyInEffect = Pick<UnpinPolicy, "name" | "parameters">;
 
@@ -58,7 +59,7 @@ export class Operator {
 
   async #request<T>(command: string, argument: unknown): Promise<T> {
     if (this.#strategy !== "coiommu")
-      throw new UserError(`strategy ${this.#strategy} pins nothing on request, and unpins nothing`, 1);
+      throw new UserError(`strategy ${this.#strategy} has no tracking that could be changed`, 1);
     return await this.#backend.request<T>(command, argument);
   }
 }

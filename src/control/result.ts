@@ -1,5 +1,5 @@
 import os from "node:os";
-import type { Strategy } from "./host-side.ts";
+import type { Strategy } from "./strategy.ts";
 
 /** `coiommu run --json`: one object per run. A field that a strategy does not have is null, never 0. */
 export interface RunResult {
@@ -36,9 +36,20 @@ export interface RunResult {
     readonly framesMapped: number | null;
     readonly framesUnmapped: number | null;
     readonly liveAtEnd: number | null;
+    /** To the virtio-iommu: of a guest whose functions are remapped. */
+    readonly mapRequests: number | null;
+    readonly unmapRequests: number | null;
+    /** How often the guest was left for them; one may be for many. */
+    readonly exits: number | null;
   };
   /** What the workload asked for after its first second: the steady state. Null without a guest driver. */
-  readonly steady: { readonly maps: number; readonly pinRequests: number } | null;
+  readonly steady: {
+    readonly maps: number;
+    readonly pinRequests: number | null;
+    /** MAP and UNMAP. */
+    readonly remapRequests: number | null;
+    readonly exits: number | null;
+  } | null;
   readonly pins: {
     readonly requests: number | null;
     readonly refused: number | null;

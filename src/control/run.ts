@@ -1,8 +1,9 @@
 import { monotonicClock } from "../host/clock.ts";
 import { sums } from "../memory/counters.ts";
 import { meanPinned } from "../tracking/counters.ts";
-import type { Machine, MachineEnd, MachineOptions, Worked } from "./machine.ts";
+import type { DriverState, Machine, MachineEnd, MachineOptions, Worked } from "./machine.ts";
 import type { RunResult } from "./result.ts";
+import { hasDriver, isRemapping } from "./strategy.ts";
 import type { Workload } from "./workload.ts";
 
 export interface RunOptions extends MachineOptions {
@@ -71,6 +72,7 @@ async function measure(
     clearInterval(sampler);
     const end = await machine.close();
     const { policy } = machine.operator;
+    const ifRemapping = (n: number | undefined) => (isRemapping(options.strategy) ? (n ?? null) : null);
     const result: RunResult = {
       schema: "coiommu.run/1",
       host: machine.host,
@@ -92,8 +94,11 @@ async function measure(
         framesMapped: final?.framesMapped ?? null,
         framesUnmapped: final?.framesUnmapped ?? null,
         liveAtEnd: final?.live ?? null,
+        mapRequests: ifRemapping(final?.mapRequests),
+        unmapRequests: ifRemapping(final?.unmapRequests),
+        exits: ifRemapping(final?.exits),
       },
-      steady: steadyOf(worked),
+      steady: steadyOf(worked, options),
       pins,
       kernel: kernelOf(machine, options, end),
       dma: dmaOf(machine),
@@ -119,8 +124,17 @@ function complaintsOf(
   return complaints;
 }
 
-const steadyOf = ({ first, last }: Worked): RunResult["steady"] =>
-  first && last && { maps: last.map - first.map, pinRequests: last.pinRequests - first.pinRequests };
+function steadyOf({ first, last }: Worked, { strategy }: RunOptions): RunResult["steady"] {
+  if (!first || !last) return null;
+  const remapping = isRemapping(strategy);
+  const remapped = ({ mapRequests, unmapRequests }: DriverState) => mapRequests + unmapRequests;
+  return {
+    maps: last.map - first.map,
+    pinRequests: remapping ? null : last.pinRequests - first.pinRequests,
+    remapRequests: remapping ? remapped(last) - remapped(first) : null,
+    exits: remapping ? last.exits - first.exits : null,
+  };
+}
 
 export const dmaOf = ({ devices }: Pick<Machine, "devices">): RunResult["dma"] =>
   sums(["transfers", "bytes", "faults"], devices);
@@ -145,7 +159,7 @@ export function pinsOf(
     refused: tracked ? pins.pinRequestsRefused : null,
     framesPinned: pins.framesPinned,
     framesUnpinned: pins.framesUnpinned,
-    framesFirmware: tracked ? pins.framesFirmware : null,
+    framesFirmware: hasDriver(strategy) ? pins.framesFirmware : null,
     framesSpeculative: null,
     framesPeak: pins.framesPeak,
     framesMean: round(meanPinned(pins, monotonicClock.now())),

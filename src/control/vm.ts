@@ -18,6 +18,7 @@ import type { Booted, DriverState, Machine, MachineEnd, MachineOptions, Worked }
 import { Operator } from "./operator.ts";
 import { type DiskPart, Parts } from "./parts.ts";
 import { describeHost, type RunResult } from "./result.ts";
+import { hasDriver, isRemapping } from "./strategy.ts";
 import { runWorkload, type Workload } from "./workload.ts";
 
 /** Our virtio-iommu comes before what it tracks, so that its driver is active when theirs bind. */
@@ -110,16 +111,19 @@ export class Vm implements Machine {
   async work(workload: Workload): Promise<Worked> {
     const { agent } = this.qemu;
     const [done, first] = await Promise.all([runWorkload(agent, workload), countersAfterOneSecond(agent)]);
-    if (!this.#tracked) return { workload: done, first: null, last: null };
+    if (!this.#driven) return { workload: done, first: null, last: null };
     return { workload: done, first: stateOf(first), last: stateOf(await readCounters(agent)) };
   }
 
   async shutDown(): Promise<(DriverState & { live: number }) | null> {
     const { agent } = this.qemu;
     await unbindDisk(agent);
-    if (!this.#tracked) return null;
+    if (!this.#driven) return null;
     const counters = await readCounters(agent);
-    return { ...stateOf(counters), live: counters.live_refs ?? 0 };
+    const last = stateOf(counters);
+    // In no table.
+    const remapped = last.framesMapped - last.framesUnmapped;
+    return { ...last, live: isRemapping(this.#options.strategy) ? remapped : (counters.live_refs ?? 0) };
   }
 
   /** End QEMU and the threads; idempotent. */
@@ -131,8 +135,8 @@ export class Vm implements Machine {
     return this.#closing;
   }
 
-  get #tracked(): boolean {
-    return this.#options.strategy === "coiommu";
+  get #driven(): boolean {
+    return hasDriver(this.#options.strategy);
   }
 }
 
@@ -157,4 +161,7 @@ const stateOf = (counters: ModuleCounters): DriverState => ({
   framesMapped: counters.frames_mapped ?? 0,
   framesUnmapped: counters.frames_unmapped ?? 0,
   pinRequests: counters.pin_requests ?? 0,
+  mapRequests: counters.map_requests ?? 0,
+  unmapRequests: counters.unmap_requests ?? 0,
+  exits: counters.kicks ?? 0,
 });

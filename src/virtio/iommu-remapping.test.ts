@@ -128,6 +128,19 @@ test("a frame stays pinned while the table or a domain needs it", () => {
   assert.equal(r.tracker.pinned, 1);
 });
 
+test("a narrower input_range is told, kept over a reset, and MAP outside it refused; what is mapped stays", () => {
+  const r = mapped();
+  const generation = r.device.configGeneration;
+  r.device.setInputRange({ start: page(101), end: page(201) - 1n });
+  assert.notEqual(r.device.configGeneration, generation);
+  const at = (first: number, last: number) =>
+    r.status(mapRequest({ virtStart: page(first), virtEnd: page(last + 1) - 1n }));
+  assert.deepEqual([at(99, 99), at(200, 201), at(201, 201), at(200, 200)], [RANGE, RANGE, RANGE, OK]);
+  assert.deepEqual(reach(r, 100, 200), [5, 5]);
+  r.device.reset();
+  assert.deepEqual([r.get("inputStart"), r.get("inputEnd")], [101 * 4096, 201 * 4096 - 1]);
+});
+
 test("a device reset detaches all endpoints and keeps a tracked guest's frames pinned", () => {
   const r = activeViommu();
   assert.equal(r.status(attachRequest()), OK);

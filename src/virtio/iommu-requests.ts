@@ -25,10 +25,17 @@ const MAP_FLAGS = VIRTIO_IOMMU_MAP_F_READ | VIRTIO_IOMMU_MAP_F_WRITE;
 const isAligned = (address: bigint): boolean => (address & 0xfffn) === 0n;
 const pageOf = (address: bigint): number => Number(address >> 12n);
 
+/** Addresses that endpoints can use; `end` is inclusive. */
+export interface InputRange {
+  readonly start: bigint;
+  readonly end: bigint;
+}
+
 /** ATTACH, DETACH, MAP and UNMAP: VIRTIO 1.2 sections 5.13.6.3 to 5.13.6.6, whose sentences are quoted. */
 export class RemappingRequests {
   readonly #remapping: Remapping;
   readonly #assigned: Assigned;
+  input: InputRange = { start: 0n, end: INPUT_END };
 
   constructor(remapping: Remapping, assigned: Assigned) {
     this.#remapping = remapping;
@@ -72,7 +79,7 @@ export class RemappingRequests {
     // request and set status to VIRTIO_IOMMU_S_RANGE."
     if (!isAligned(virtStart) || physStart % 4096 || !isAligned(virtEnd + 1n)) return VIRTIO_IOMMU_S_RANGE;
     // Section 5.13.6: "Any mapping request to virtual addresses outside of this range fails."
-    if (virtEnd > INPUT_END) return VIRTIO_IOMMU_S_RANGE;
+    if (virtStart < this.input.start || virtEnd > this.input.end) return VIRTIO_IOMMU_S_RANGE;
     // "The device SHOULD reject a MAP request that overlaps a RESV_MEM region."
     if (virtStart <= MSI_WINDOW.end && virtEnd >= MSI_WINDOW.start) return VIRTIO_IOMMU_S_RANGE;
     const [first, last] = [pageOf(virtStart), pageOf(virtEnd)];

@@ -45,7 +45,7 @@ import {
   VIRTIO_IOMMU_T_UNMAP,
 } from "../wire/virtio-iommu.ts";
 import type { Assigned, VirtioDevice } from "./device.ts";
-import { INPUT_END, MSI_WINDOW, RemappingRequests } from "./iommu-requests.ts";
+import { type InputRange, MSI_WINDOW, RemappingRequests } from "./iommu-requests.ts";
 import { type Buffer, type Chain, lengthOf, MalformedChain, type SplitQueue } from "./queue.ts";
 
 const REQUEST_QUEUE = 0;
@@ -217,7 +217,8 @@ export class VirtioIommu implements VirtioDevice {
     this.#config.fill(0);
     Config.write(this.#config, {
       pageSizeMask: 0xffff_ffff_ffff_f000n,
-      inputEnd: INPUT_END,
+      inputStart: this.#remapping.input.start,
+      inputEnd: this.#remapping.input.end,
       domainEnd: 0xffff_ffff,
       probeSize: PROBE_SIZE,
       bypass,
@@ -230,6 +231,13 @@ export class VirtioIommu implements VirtioDevice {
   quotaChanged(): void {
     if (!this.#o.pinPage) return;
     Config.write(this.#config, { pinQuota: pinQuota(this.#o.tracker.quota) });
+    this.configGeneration++;
+  }
+
+  /** Endpoints can use other addresses now than all of 52 bits. What is mapped stays. */
+  setInputRange(range: InputRange): void {
+    this.#remapping.input = range;
+    Config.write(this.#config, { inputStart: range.start, inputEnd: range.end });
     this.configGeneration++;
   }
 

@@ -113,7 +113,7 @@ ls /sys/bus/virtio/drivers; rmmod coiommu`;
 test("a module that was loaded for work has no self-test, and none can be turned on", async () => {
   const script = `modprobe coiommu && ls /sys/kernel/debug/coiommu
 cd /sys/module/coiommu/parameters && echo 1 2>/dev/null >selftest; cat selftest; rmmod coiommu`;
-  assert.equal(await demand(qemu.agent, script, "looking at the module"), "counters\ntable\nN\n");
+  assert.equal(await demand(qemu.agent, script, "looking at the module"), "counters\nremap\ntable\nN\n");
 });
 
 interface Twin {
@@ -257,8 +257,8 @@ const TWINS: readonly Twin[] = [
   {
     what: "asks for a range more than the device takes",
     file: "pin.c",
-    sound: "requests.nr_ranges == requests.nr_ranges_max)",
-    broken: "requests.nr_ranges == requests.nr_ranges_max + TWIN)",
+    sound: "building.nr_ranges == building.nr_ranges_max)",
+    broken: "building.nr_ranges == building.nr_ranges_max + TWIN)",
   },
   {
     what: "asks for another endpoint",
@@ -280,21 +280,21 @@ const TWINS: readonly Twin[] = [
   },
   {
     what: "asks while a request is lost",
-    file: "pin.c",
-    sound: "requests.lost = true;",
-    broken: "requests.lost = !TWIN;",
+    file: "requests.c",
+    sound: "if (ret >= 0)",
+    broken: "if (TWIN || ret >= 0)",
   },
   {
     what: "does not ask again after a late answer",
-    file: "pin.c",
-    sound: "\trequests.lost = false;\n\treturn true;",
-    broken: "\trequests.lost = TWIN;\n\treturn true;",
+    file: "requests.c",
+    sound: "while (requests.out && requests.channel->returned())",
+    broken: "while (!TWIN && requests.out && requests.channel->returned())",
   },
   {
     what: "asks with PIN off",
-    file: "pin.c",
-    sound: "(!requests.on || requests.lost)",
-    broken: "((!TWIN && !requests.on) || requests.lost)",
+    file: "requests.c",
+    sound: "turn->page = requests.on && !requests.out",
+    broken: "turn->page = (TWIN || requests.on) && !requests.out",
   },
 ];
 

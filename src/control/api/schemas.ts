@@ -5,6 +5,7 @@ import { DEVICE_COUNTERS } from "../../device/counters.ts";
 import { DRIVER_COUNTERS } from "../../driver/counters.ts";
 import { policies } from "../../policy/registry.ts";
 import { LIVES } from "../../tracking/life.ts";
+import { STRATEGIES } from "../strategy.ts";
 
 const Count = Type.Integer({ minimum: 0 });
 const nullable = <T extends Type.TSchema>(schema: T) => Type.Union([schema, Type.Null()]);
@@ -61,7 +62,7 @@ export const Harvest = exactly({
 
 export const State = exactly({
   machine: Type.Enum(["qemu", "embedded"]),
-  strategy: Type.Enum(["none", "static", "coiommu"]),
+  strategy: Type.Enum([...STRATEGIES]),
   life: Type.Enum([...LIVES]),
   policy: nullable(Policy),
   ...Quota.properties,
