@@ -227,11 +227,32 @@ int coiommu_pin_end(struct coiommu_pin *pin);
 
 struct coiommu_domain;
 
+/**
+ * struct coiommu_limits - what the device says of domains; VIRTIO 1.2 section 5.13.4
+ * @can_map: it has MAP and UNMAP
+ * @page_size_mask: of MAP
+ * @first: address that can be mapped
+ * @last: inclusive
+ * @domain_first: domain number
+ * @domain_last: inclusive
+ * @probe_size: 0: there is no PROBE
+ */
+struct coiommu_limits {
+	bool can_map;
+	u64 page_size_mask;
+	u64 first;
+	u64 last;
+	u32 domain_first;
+	u32 domain_last;
+	u32 probe_size;
+};
+
 int coiommu_domains_init(bool lazy);
 void coiommu_domains_exit(void);
 
 /* In process context; create: NULL and a message when it cannot be. */
-struct coiommu_domain *coiommu_domain_create(struct device *dev, u32 endpoint);
+struct coiommu_domain *coiommu_domain_create(struct device *dev, u32 endpoint,
+					     const struct coiommu_limits *limits);
 void coiommu_domain_destroy(struct coiommu_domain *domain);
 
 /* Everything below is in whole pages, and may be called in atomic context. */
@@ -276,26 +297,6 @@ int coiommu_remap_init(void);
 
 /* viommu.c: the virtio device */
 
-/**
- * struct coiommu_limits - what the device says of domains; VIRTIO 1.2 section 5.13.4
- * @can_map: it has MAP and UNMAP
- * @page_size_mask: of MAP
- * @first: address that can be mapped
- * @last: inclusive
- * @domain_first: domain number
- * @domain_last: inclusive
- * @probe_size: 0: there is no PROBE
- */
-struct coiommu_limits {
-	bool can_map;
-	u64 page_size_mask;
-	u64 first;
-	u64 last;
-	u32 domain_first;
-	u32 domain_last;
-	u32 probe_size;
-};
-
 const struct coiommu_limits *coiommu_viommu_limits(void);
 
 void coiommu_viommu_read_assigned(void);
@@ -306,7 +307,14 @@ void coiommu_viommu_unregister(void);
 
 extern const struct file_operations coiommu_selftest_fops;
 
+struct seq_buf;
+
 int coiommu_selftest_init(void);
 void coiommu_selftest_exit(void);
+
+/* selftest_remap.c */
+
+int coiommu_selftest_remap(char **words, unsigned int nr, enum dma_data_direction dir,
+			   struct seq_buf *out);
 
 #endif /* COIOMMU_H */

@@ -492,9 +492,9 @@ static int check_limits(struct device *dev, const struct coiommu_limits *limits)
 	return 0;
 }
 
-struct coiommu_domain *coiommu_domain_create(struct device *dev, u32 endpoint)
+struct coiommu_domain *coiommu_domain_create(struct device *dev, u32 endpoint,
+					     const struct coiommu_limits *limits)
 {
-	const struct coiommu_limits *limits = coiommu_viommu_limits();
 	struct coiommu_domain *domain;
 	int ret;
 

@@ -125,7 +125,8 @@ static void stop_remapping(struct coiommu_hook *hook)
 /* Caller: PIN is on, and no driver uses the function yet. */
 static void start_remapping(struct coiommu_hook *hook)
 {
-	hook->domain = coiommu_domain_create(hook->dev, hook->endpoint);
+	hook->domain = coiommu_domain_create(hook->dev, hook->endpoint,
+					     coiommu_viommu_limits());
 	hook->remapped = true;
 	hook->ops = coiommu_remap_ops;
 }

@@ -20,20 +20,12 @@ static int __init start_tracking(void)
 {
 	int ret;
 
-	ret = coiommu_domains_init(lazy);
-	if (ret)
-		return ret;
 	ret = coiommu_remap_init() ?: coiommu_hooks_init();
 	if (ret)
-		goto exit_domains;
+		return ret;
 	ret = coiommu_viommu_register();
 	if (ret)
-		goto exit_hooks;
-	return 0;
-exit_hooks:
-	coiommu_hooks_exit();
-exit_domains:
-	coiommu_domains_exit();
+		coiommu_hooks_exit();
 	return ret;
 }
 
@@ -42,14 +34,19 @@ static void __exit stop_tracking(void)
 {
 	coiommu_viommu_unregister();
 	coiommu_hooks_exit();
-	coiommu_domains_exit();
 }
 
 static int __init coiommu_init(void)
 {
-	int ret = selftest ? coiommu_selftest_init() : start_tracking();
+	int ret;
 
-	if (!ret)
+	ret = coiommu_domains_init(lazy);
+	if (ret)
+		return ret;
+	ret = selftest ? coiommu_selftest_init() : start_tracking();
+	if (ret)
+		coiommu_domains_exit();
+	else
 		coiommu_debugfs_init(selftest);
 	return ret;
 }
@@ -61,6 +58,7 @@ static void __exit coiommu_exit(void)
 		coiommu_selftest_exit();
 	else
 		stop_tracking();
+	coiommu_domains_exit();
 	coiommu_dtt_destroy();
 }
 

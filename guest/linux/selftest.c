@@ -20,6 +20,8 @@
  *	map_single GFN OFFSET SIZE
  *	map_sg GFN OFFSET SIZE ...
  *	unmap_single, unmap_sg		alike
+ *	remap_sg ...			map and unmap a list remapped: selftest_remap.c;
+ *					there is no device then until the next reset
  *
  * Mappings show each request as it was sent and the units at that moment, what
  * was returned, and the counters that have changed.
@@ -403,6 +405,11 @@ static int do_unmap_sg(char **words, unsigned int nr)
 	return run_mapping(words, nr, PIECES_MAX, unmap_sg);
 }
 
+static int do_remap_sg(char **words, unsigned int nr)
+{
+	return coiommu_selftest_remap(words, nr, direction, &out);
+}
+
 static const struct {
 	const char *name;
 	int (*run)(char **words, unsigned int nr);
@@ -421,6 +428,7 @@ static const struct {
 	{ "map_sg", do_map_sg },
 	{ "unmap_single", do_unmap_single },
 	{ "unmap_sg", do_unmap_sg },
+	{ "remap_sg", do_remap_sg },
 };
 
 static int run_command(char *line)

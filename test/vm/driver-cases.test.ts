@@ -1,31 +1,17 @@
 /** The kernel module does what the case table says, and modules that are broken on purpose do not. */
 import assert from "node:assert/strict";
-import { appendFileSync, cpSync, mkdtempSync, readFileSync, rmSync, writeFileSync } from "node:fs";
-import { tmpdir } from "node:os";
-import { join } from "node:path";
 import { after, before, test } from "node:test";
 import { demand } from "../../src/control/guest-side.ts";
 import type { GuestAgent } from "../../src/machine/qemu/agent.ts";
-import { ensureGuest } from "../../src/machine/qemu/guest.ts";
-import { GUEST_SOURCES } from "../../src/machine/qemu/module.ts";
-import { type Qemu, startQemu } from "../../src/machine/qemu/qemu.ts";
+import type { Qemu } from "../../src/machine/qemu/qemu.ts";
 import { DriverInTypeScript } from "../support/driver-in-typescript.ts";
 import { randomCase } from "../support/random-driver-case.ts";
 import { firstDifference } from "../support/run-driver-case.ts";
-import { CASES, MACHINE } from "../vectors/driver-cases.ts";
+import { CASES } from "../vectors/driver-cases.ts";
+import { bootedGuest, SOURCES, type Twin, writeTwins } from "./broken-modules.ts";
 import { KernelModule } from "./kernel-module.ts";
 
 const RANDOM_CASES = 40;
-const SOURCES = join(GUEST_SOURCES, "linux");
-
-/** A guest without any device of ours, for a module made from `sources`. */
-async function bootedGuest(sources: string): Promise<Qemu> {
-  const guest = await ensureGuest((text) => console.log(text), sources);
-  const qemu = await startQemu({ ...guest, ...MACHINE, accel: "auto" });
-  await qemu.resume();
-  await qemu.agent.hello(90_000);
-  return qemu;
-}
 
 let qemu: Qemu;
 before(async () => {
@@ -115,15 +101,6 @@ test("a module that was loaded for work has no self-test, and none can be turned
 cd /sys/module/coiommu/parameters && echo 1 2>/dev/null >selftest; cat selftest; rmmod coiommu`;
   assert.equal(await demand(qemu.agent, script, "looking at the module"), "counters\nremap\ntable\nN\n");
 });
-
-interface Twin {
-  readonly what: string;
-  readonly file: string;
-  /** Occurs once in the file. */
-  readonly sound: string;
-  /** TWIN: 1 while the module is to be this twin, else 0. */
-  readonly broken: string;
-}
 
 const TWINS: readonly Twin[] = [
   {
@@ -298,28 +275,8 @@ const TWINS: readonly Twin[] = [
   },
 ];
 
-/** One module that can be each twin, by its parameter "twin": 1 is the first, 0 the sound module. */
-function writeTwins(folder: string): void {
-  cpSync(SOURCES, folder, { recursive: true });
-  for (const [i, { file, sound, broken }] of TWINS.entries()) {
-    const [before, after, ...more] = readFileSync(join(folder, file), "utf8").split(sound);
-    assert.ok(after !== undefined && more.length === 0, `${file} does not have "${sound}" once`);
-    writeFileSync(
-      join(folder, file),
-      before + broken.replaceAll("TWIN", `(coiommu_twin == ${i + 1})`) + after,
-    );
-  }
-  appendFileSync(join(folder, "coiommu_abi.h"), "extern int coiommu_twin;\n");
-  appendFileSync(
-    join(folder, "main.c"),
-    "int coiommu_twin;\nmodule_param_named(twin, coiommu_twin, int, 0);\n",
-  );
-}
-
 test("the cases find what is broken", async (t) => {
-  const folder = mkdtempSync(join(tmpdir(), "coiommu-twins-"));
-  t.after(() => rmSync(folder, { recursive: true }));
-  writeTwins(folder);
+  const folder = writeTwins(t, TWINS);
   const broken = await bootedGuest(folder);
   t.after(() => broken.close());
   const found = async (twin: number) =>
