@@ -26,9 +26,9 @@ static int parse_bdf(const char *text, u16 *bdf)
 	unsigned int segment = 0, bus, slot, func;
 	int end = 0;
 
-	if (sscanf(text, "%x:%x:%x.%x%n", &segment, &bus, &slot, &func, &end) != 4 || text[end]) {
+	if (sscanf(text, "%x:%x:%x.%u%n", &segment, &bus, &slot, &func, &end) != 4 || text[end]) {
 		segment = 0;
-		if (sscanf(text, "%x:%x.%x%n", &bus, &slot, &func, &end) != 3 || text[end])
+		if (sscanf(text, "%x:%x.%u%n", &bus, &slot, &func, &end) != 3 || text[end])
 			return -EINVAL;
 	}
 	if (segment || bus > 0xff || slot > 0x1f || func > 7)
