@@ -33,7 +33,7 @@ export const compareCommand = (): Command =>
       const complaints: string[] = [];
       const total = options.rounds * options.strategies.length;
       await withApi(options.api, progress.warn, async (api) => {
-        const runUnder = await prepareMachine(options, options.strategies, progress, api);
+        const runUnder = await prepareMachine(options, progress, api);
         for (const strategy of alternating(options.strategies, options.rounds)) {
           progress.prefix(`[${runs.length + 1}/${total}] ${strategy}: `);
           const { result, complaints: met } = await runUnder(strategy);

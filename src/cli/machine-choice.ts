@@ -2,7 +2,7 @@ import { CoiommuError, UserError } from "../base/errors.ts";
 import { EmbeddedMachine } from "../control/embedded.ts";
 import type { PinnerName } from "../control/host-side.ts";
 import { type Outcome, type RunOptions, run } from "../control/run.ts";
-import { isRemapping, type Strategy } from "../control/strategy.ts";
+import type { Strategy } from "../control/strategy.ts";
 import { Vm } from "../control/vm.ts";
 import { parseWorkload } from "../control/workload.ts";
 import { IoUringPinner } from "../host/io-uring-pinner.ts";
@@ -22,11 +22,10 @@ const EMBEDDED_WORKLOAD = "fio:rw=randread,bs=4k,iodepth=32,seconds=4";
 /** Set up what the machine needs. With `--machine auto`, says which one it is, and why. */
 export async function prepareMachine(
   options: MachineOptions,
-  strategies: readonly Strategy[],
   progress: Progress,
   api: RunOptions["api"],
 ): Promise<Runner> {
-  const vmNeed = needsVm(options, strategies);
+  const vmNeed = needsVm(options);
   if (options.machine === "embedded") {
     if (vmNeed) throw new UserError(`${vmNeed}: needs a VM, not --machine embedded`);
     return embedded(options, progress, api);
@@ -68,10 +67,8 @@ const needsEmbedded = ({ workload }: MachineOptions): string | undefined =>
   workload?.name === "nic" || workload?.name === "gpu" ? `--workload ${workload.text}` : undefined;
 
 /** What of the options only a VM has. */
-function needsVm({ workload, accel }: MachineOptions, strategies: readonly Strategy[]): string | undefined {
+function needsVm({ workload, accel }: MachineOptions): string | undefined {
   if (workload?.name === "script" || workload?.name === "shell") return `--workload ${workload.text}`;
-  const remapping = strategies.find(isRemapping);
-  if (remapping) return `strategy ${remapping}`;
   return accel === "auto" ? undefined : `--accel ${accel}`;
 }
 

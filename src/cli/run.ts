@@ -22,7 +22,7 @@ export const runCommand = (): Command =>
     const progress = new Progress();
     try {
       const { result, complaints } = await withApi(options.api, progress.warn, async (api) => {
-        const runUnder = await prepareMachine(options, [options.strategy], progress, api);
+        const runUnder = await prepareMachine(options, progress, api);
         return await runUnder(options.strategy);
       });
       progress.stop();

@@ -68,11 +68,6 @@ for (const [args, form] of [
   [["compare", "--workload", "shell"], /--workload shell.*coiommu run/],
   [["run", "--machine", "embedded", "--workload", "shell"], /--workload shell: needs a VM/],
   [["run", "--machine", "embedded", "--accel", "kvm"], /--accel kvm: needs a VM/],
-  [["run", "--machine", "embedded", "--strategy", "viommu-strict"], /strategy viommu-strict: needs a VM/],
-  [
-    ["compare", "--machine", "embedded", "--strategies", "none,viommu-lazy"],
-    /strategy viommu-lazy: needs a VM/,
-  ],
   [
     ["run", "--machine", "qemu", "--workload", "nic:mode=fresh"],
     /--workload nic:mode=fresh: needs --machine embedded/,

@@ -6,7 +6,7 @@ import { DRIVER_COUNTERS, type DriverCounters } from "../driver/counters.ts";
 import type { DriverPlaces } from "../driver/viommu.ts";
 import { monotonicClock } from "../host/clock.ts";
 import { type WorkerEvent, WorkerHost, workerEntry } from "../machine/commands.ts";
-import type { Attach, CpuData } from "../machine/embedded/cpu.ts";
+import type { Attach, CpuData, DriverMode } from "../machine/embedded/cpu.ts";
 import type { DeviceData, DeviceSetup, DeviceStopped } from "../machine/embedded/device.ts";
 import { doorbellsBuffer } from "../machine/embedded/doorbells.ts";
 import type { DeviceLink, LoadSpec } from "../machine/embedded/load.ts";
@@ -24,6 +24,7 @@ import type { Started, Stopped } from "./host-side.ts";
 import type { Booted, DriverState, Machine, MachineEnd, Worked } from "./machine.ts";
 import { Operator } from "./operator.ts";
 import { describeHost } from "./result.ts";
+import type { Strategy } from "./strategy.ts";
 import { describeWorkload, NO_FIGURES, type Workload } from "./workload.ts";
 
 const CPU_WORKER = workerEntry(import.meta.url, "../machine/embedded/cpu-worker");
@@ -61,7 +62,7 @@ export class EmbeddedMachine implements Machine {
     this.pins = threads.pins;
     this.devices = threads.deviceCounters;
     this.endpoints = planDevices(options).map(({ endpoint }) => endpoint);
-    this.drivers = threads.tracked ? threads.driverCounters : null;
+    this.drivers = threads.driver ? threads.driverCounters : null;
     this.operator = new Operator(threads.backend, options);
     this.dirty = new DirtyFrames(threads.backend);
     this.ram = threads.ram.ram;
@@ -86,8 +87,8 @@ export class EmbeddedMachine implements Machine {
   }
 
   async boot(): Promise<Booted> {
-    const { cpus, tracked } = this.#threads;
-    const places = tracked ? await cpus[0]!.request<DriverPlaces>("activate") : null;
+    const { cpus, driver } = this.#threads;
+    const places = driver ? await cpus[0]!.request<DriverPlaces>("activate") : null;
     const setups = await this.#onCpus<DeviceSetup | null>(
       "attach",
       (cpu): Attach => ({ places, load: this.#loads[cpu] }),
@@ -124,19 +125,24 @@ export class EmbeddedMachine implements Machine {
   }
 
   #driverState(): DriverState | null {
-    const { tracked, driverCounters } = this.#threads;
-    return tracked
-      ? {
-          ...sums(["map", "unmap", "framesMapped", "framesUnmapped", "pinRequests"], driverCounters),
-          ...{ mapRequests: 0, unmapRequests: 0, exits: 0 },
-        }
-      : null;
+    const { driver, driverCounters } = this.#threads;
+    if (!driver) return null;
+    const { kicks: exits, ...state } = sums(STATE, driverCounters);
+    return { ...state, exits };
   }
 }
 
+const STATE = [
+  ...(["map", "unmap", "framesMapped", "framesUnmapped"] as const),
+  ...(["pinRequests", "mapRequests", "unmapRequests", "kicks"] as const),
+] as const;
+
+const driverOf = (strategy: Strategy): DriverMode | null =>
+  strategy === "none" || strategy === "static" ? null : strategy;
+
 /** The threads of one guest, and the memory that they share. */
 class Threads {
-  readonly tracked: boolean;
+  readonly driver: DriverMode | null;
   readonly pins: TrackingCounters;
   readonly deviceCounters: readonly DeviceCounters[];
   readonly driverCounters: readonly DriverCounters[];
@@ -156,7 +162,7 @@ class Threads {
 
   constructor(options: EmbeddedOptions) {
     this.#options = options;
-    this.tracked = options.strategy === "coiommu";
+    this.driver = driverOf(options.strategy);
     this.#plan = planDevices(options);
     this.ram = new OwnedRam(options.memoryMiB, options.pinner !== "software");
     this.#iommu = createIommuBuffer((options.memoryMiB * 2 ** 20) / FRAME_SIZE);
@@ -229,7 +235,7 @@ class Threads {
         cpus,
         link,
         ram: this.ram.ram,
-        driver: this.tracked ? "coiommu" : null,
+        driver: this.driver,
         mailbox: this.#mailbox,
         bell,
       },

@@ -26,6 +26,8 @@ export const DRIVER_COUNTERS = [
   /** Of domains. */
   "mapRequests",
   "unmapRequests",
+  /** Notifications: what leaves the guest for requests. */
+  "kicks",
   /** Addresses that were not taken back from the device, and so are out of use. */
   "unmapFailed",
   "alloc",

@@ -132,6 +132,7 @@ export class RequestChannel {
 
   #awaitAnswer(): boolean {
     for (let waited = 0; waited < ANSWER_MS; waited += RENOTIFY_MS) {
+      this.#o.counters.kicks++;
       this.#o.notify();
       if (this.#o.cpu.waitFor(() => this.#answered(), milliseconds(RENOTIFY_MS))) return true;
     }
