@@ -136,6 +136,25 @@ i=0; while [ ! -b /dev/vda ]; do i=$((i+1)); [ $i -lt 100 ] || exit 1; usleep 50
   assert.deepEqual([verified, errors, vm.disk.faults], [true, 0, 0]);
 });
 
+for (const strategy of ["viommu-strict", "viommu-lazy"] as const)
+  for (const every of [100, 1])
+    test(`${strategy}: an address whose UNMAP is refused is not used again, one in ${every}`, async (t) => {
+      process.env.COIOMMU_TEST_REFUSED = String(every);
+      const backendEntry = new URL("./refusing-backend.ts", import.meta.url);
+      const vm = await bootedVm(t, { strategy, backendEntry });
+      const { agent } = vm.qemu;
+      const { verified, errors } = await work(vm, MIXED);
+      assert.deepEqual([verified, errors, vm.disk.faults], [true, 0, 0]);
+      const c = await readCounters(agent);
+      assert.ok(c.unmap_refused! > 0);
+      assert.equal(c.map_refused, 0, "no address was mapped twice");
+      assert.equal(c.iova_leaked! > 0, every === 1, "what succeeds in the end is free again");
+      // The domain goes as a whole, and with it what was not unmapped.
+      await unbindDisk(agent);
+      await twoPasses(vm);
+      assert.equal(vm.pins.framesNow, 0);
+    });
+
 const TWINS: readonly (Twin & { readonly shows: (vm: Vm) => Promise<boolean> })[] = [
   {
     what: "frees lazily unmapped addresses before their UNMAP",
