@@ -2,6 +2,7 @@ import { Command } from "commander";
 import { UserError } from "../base/errors.ts";
 import { type Bdf, FRAME_SIZE, formatBdf } from "../base/units.ts";
 import { Attachment, DETACH_MS_MAX } from "../control/attach.ts";
+import { backgroundText } from "../control/background.ts";
 import { vmPinner } from "./machine-choice.ts";
 import { addPinOptions, optionOf, type PinOptions } from "./machine-options.ts";
 import { number, writeJson } from "./output.ts";
@@ -68,9 +69,9 @@ export function attachCommand(): Command {
 }
 
 async function attach(options: AttachCommandOptions, progress: Progress): Promise<void> {
-  const { qmp, assigned, policy, interval } = options;
+  const { qmp, assigned, policy, interval, activationTimeout } = options;
   const attachment = await Attachment.start({
-    ...{ qmp, assigned, policy, interval, onWarning: progress.warn },
+    ...{ qmp, assigned, policy, interval, activationTimeout, onWarning: progress.warn },
     disks: options.disk.map((file) => ({ file, sizeMiB: 0 })),
     pinner: vmPinner(options.pinner, progress.warn),
     quota: (memoryMiB) => quotaFrames(options.quota, memoryMiB),
@@ -135,5 +136,7 @@ function tellEnd(
 
 function summaryOf({ pins }: Attachment): string {
   const mib = (frames: number) => `${number((frames * FRAME_SIZE) / 2 ** 20)} MiB`;
+  const pinning = backgroundText(pins);
+  if (pinning !== undefined) return pinning;
   return `pinned ${mib(pins.framesNow)}, mapped ${mib(pins.framesMapped)}, ${pins.pinRequests} pin requests`;
 }

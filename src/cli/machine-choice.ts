@@ -77,7 +77,7 @@ function inVm(options: MachineOptions, guest: Guest, progress: Progress, api: Ru
   const workload = options.workload ?? parseWorkload(VM_WORKLOAD);
   const shell = workload.name === "shell";
   return (strategy) => {
-    const settings = runOptions(options, workload, strategy, pinner, progress.warn, api);
+    const settings = runOptions(options, workload, strategy, pinner, "bios", progress, api);
     const start = () => Vm.start({ ...settings, guest, accel: options.accel, shell });
     progress.step("starting QEMU");
     return run(settings, start, shell ? () => progress.stop() : progress.step);
@@ -102,7 +102,8 @@ function embedded(options: MachineOptions, progress: Progress, api: RunOptions["
   const pinner = options.pinner === "auto" ? "software" : checkedPinner(options.pinner);
   const workload = options.workload ?? parseWorkload(EMBEDDED_WORKLOAD);
   return (strategy) => {
-    const settings = runOptions(options, workload, strategy, pinner, progress.warn, api);
+    // There is no firmware, and its devices run when its driver does.
+    const settings = runOptions(options, workload, strategy, pinner, "none", progress, api);
     progress.step("starting the guest");
     return run(settings, () => EmbeddedMachine.start(settings), progress.step);
   };

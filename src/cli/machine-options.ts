@@ -6,6 +6,8 @@ import type { Strategy } from "../control/strategy.ts";
 import { parseWorkload, type Workload } from "../control/workload.ts";
 import { FIO_USAGE, GPU_USAGE, NIC_USAGE } from "../machine/workload-text.ts";
 import { createPolicy } from "../policy/registry.ts";
+import { BEFORE_ACTIVATION, type BeforeActivation } from "../tracking/life.ts";
+import type { Progress } from "./progress.ts";
 import {
   parseCount,
   parseInterval,
@@ -13,6 +15,7 @@ import {
   parseOneOf,
   parseQuota,
   parseSocketPath,
+  parseTimeout,
   type Quota,
   quotaFrames,
 } from "./units.ts";
@@ -40,6 +43,7 @@ export interface PinOptions {
   readonly interval: Nanoseconds;
   readonly quota?: Quota;
   readonly pinner: (typeof PINNERS)[number];
+  readonly activationTimeout: number;
 }
 
 /** Options that `run` and `compare` share. */
@@ -48,6 +52,8 @@ export interface MachineOptions extends PinOptions {
   readonly memory: number;
   readonly cpus: number;
   readonly accel: (typeof ACCELS)[number];
+  /** Undefined for the default of the machine. */
+  readonly beforeActivation?: BeforeActivation;
   /** Undefined for the default of the machine. */
   readonly workload?: Workload;
   readonly disk?: string;
@@ -92,6 +98,13 @@ export function addPinOptions(option: AddOption): void {
     parseOneOf(PINNERS),
     "auto",
   );
+  option(
+    "--activation-timeout <time>",
+    "pin all of its memory when the guest's driver takes longer than this and an assigned device is in use: 60s, off",
+    parseTimeout,
+    parseTimeout("60s"),
+    "60s",
+  );
 }
 
 export function addMachineOptions(command: Command): Command {
@@ -106,6 +119,12 @@ export function addMachineOptions(command: Command): Command {
   option("--cpus <n>", "guest CPUs", parseCount(1, 64), 1);
   option("--accel <name>", "how QEMU runs the guest: auto, tcg, kvm", parseOneOf(ACCELS), "auto");
   addPinOptions(option);
+  option(
+    "--before-activation <what>",
+    "what is pinned before the guest's driver is loaded: bios (low memory, and what firmware makes our devices touch), " +
+      "all, none (default: bios; embedded: none)",
+    parseOneOf(BEFORE_ACTIVATION),
+  );
   option(
     "--workload <what>",
     "see below (default: fio:rw=randread,bs=4k,iodepth=32,seconds=5; embedded: 4 seconds of it)",
@@ -134,7 +153,8 @@ export const runOptions = (
   workload: Workload,
   strategy: Strategy,
   pinner: PinnerName,
-  warn: (text: string) => void,
+  beforeActivation: BeforeActivation,
+  progress: Progress,
   api: RunOptions["api"],
 ): RunOptions => ({
   workload,
@@ -146,6 +166,9 @@ export const runOptions = (
   interval: options.interval,
   quota: quotaFrames(options.quota, options.memory),
   disk: { sizeMiB: options.diskSize, ...(options.disk !== undefined && { file: options.disk }) },
-  onWarning: warn,
+  beforeActivation: options.beforeActivation ?? beforeActivation,
+  activationTimeout: options.activationTimeout,
+  onWarning: progress.warn,
+  onProgress: progress.step,
   ...(api && { api }),
 });

@@ -39,6 +39,16 @@ export function parseInterval(text: string): Nanoseconds {
   return milliseconds(ms);
 }
 
+/** "60s", "500ms", "off". */
+export function parseTimeout(text: string): number {
+  if (text === "off") return Number.POSITIVE_INFINITY;
+  try {
+    return parseInterval(text);
+  } catch {
+    throw new InvalidArgumentError("It takes a time from 10ms to 3600s, such as 60s, or off.");
+  }
+}
+
 /** "10%" or a number of frames. */
 export type Quota = { readonly percent: number } | { readonly frames: number };
 

@@ -42,6 +42,8 @@ for (const [flag, values, form] of [
   ["--policy", ["mru", "lru,passes=2", ""], /policy|parameters/],
   ["--interval", ["1", "1h", "5ms", "2d", "-1s"], /such as 1s or 500ms/],
   ["--quota", ["0", "0%", "101%", "1.5", "lots"], /such as 10%/],
+  ["--before-activation", ["nothing", ""], /one of bios, all, none/],
+  ["--activation-timeout", ["0", "never", "5ms", "2h"], /such as 60s, or off/],
   ["--pinner", ["mlock", ""], /one of auto, io_uring, software/],
   [
     "--workload",
@@ -75,6 +77,8 @@ for (const [args, form] of [
   [["compare", "--rounds", "0"], /--rounds.*whole number from 1 to 100/],
   [["attach"], /required option '--qmp <socket>' not specified/],
   [["attach", "--qmp", "q", "--assigned", "00:05"], /--assigned.*such as 0000:00:05\.0/],
+  [["attach", "--qmp", "q", "--activation-timeout", "1"], /--activation-timeout.*such as 60s, or off/],
+  [["attach", "--qmp", "q", "--before-activation", "all"], /unknown option '--before-activation'/],
   [["attach", "--qmp", "q", "--quota", "0"], /--quota.*such as 10%/],
   [["run", "--turbo"], /unknown option '--turbo'/],
   [["runn"], /unknown command 'runn'/],

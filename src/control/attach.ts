@@ -17,7 +17,14 @@ import { type DiskPart, Parts } from "./parts.ts";
 import { type AttachResult, describeHost } from "./result.ts";
 import { dmaOf, kernelOf, pinsOf } from "./run.ts";
 
-type Settings = "policy" | "interval" | "pinner" | "onWarning" | "backendEntry" | "deviceEntry";
+type Settings =
+  | "policy"
+  | "interval"
+  | "pinner"
+  | "activationTimeout"
+  | "onWarning"
+  | "backendEntry"
+  | "deviceEntry";
 
 export interface AttachOptions extends Pick<MachineOptions, Settings> {
   /** Path of QEMU's QMP socket. */
@@ -74,6 +81,8 @@ export class Attachment {
     this.#quota = options.quota(ram.memoryMiB);
     this.#parts = new Parts({
       ...{ ...options, strategy: STRATEGY, quota: this.#quota, frames: ram.frames },
+      // The guest runs, and none of it has relied on us before.
+      beforeActivation: "bios",
       // They are QEMU's: behind its IOMMU, not ours.
       assigned: options.assigned.map((bdf) => ({ bdf })),
     });

@@ -63,15 +63,17 @@ export class DiskThread {
   #open(): void {
     const { socketFd, touchFd, iommu, gate, disk } = this.#data;
     this.#store = openStore(disk);
+    const deviceGate = new DeviceGate(iommu, gate, () => signalFd(touchFd));
     this.#disk = serveDisk({
       ports: {
         socket: new UnixSocket(socketFd),
         loop: this.#reactor,
         mapper: new FdMapper(),
         fds: { signal: signalFd, drain: drainFd, close: closeFd },
+        mastering: (on) => deviceGate.setMastering(on),
       },
       store: this.#store,
-      gate: new DeviceGate(iommu, gate, () => signalFd(touchFd)),
+      gate: deviceGate,
       counters: counters(DEVICE_COUNTERS, this.#data.counters),
       onClose: (error) => this.#commands.tellEnd(error ?? new PeerGone("QEMU has left")),
     });

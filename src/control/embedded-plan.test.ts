@@ -7,6 +7,7 @@ import { parseWorkload } from "./workload.ts";
 const options = (workload: string, cpus: number, memoryMiB = 1024): EmbeddedOptions => ({
   ...{ memoryMiB, cpus, strategy: "coiommu", policy: "lru", pinner: "software" },
   ...{ interval: milliseconds(1000), quota: Number.POSITIVE_INFINITY, disk: { sizeMiB: 256 } },
+  ...{ beforeActivation: "none" as const, activationTimeout: Number.POSITIVE_INFINITY },
   workload: parseWorkload(workload),
 });
 const DISK = 256 * 2 ** 20;

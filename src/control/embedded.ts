@@ -17,6 +17,7 @@ import { counters, countersBuffer, sums } from "../memory/counters.ts";
 import { createIommuBuffer } from "../tracking/software-iommu.ts";
 import { TRACKING_COUNTERS, type TrackingCounters } from "../tracking/tracker.ts";
 import { mailboxBuffer } from "../transport/mailbox.ts";
+import { whenPinned } from "./background.ts";
 import { DirtyFrames } from "./dirty.ts";
 import type { EmbeddedBackendData } from "./embedded-backend.ts";
 import { type DevicePlan, type EmbeddedOptions, planDevices, planLoads } from "./embedded-plan.ts";
@@ -75,7 +76,9 @@ export class EmbeddedMachine implements Machine {
     try {
       const [diskBytes] = await Promise.all(threads.devices.map((d) => d.request<number>("open")));
       const loads = planLoads(options, diskBytes!);
-      return new EmbeddedMachine(threads, options, loads, await threads.backend.request<Started>("started"));
+      const ask = () => threads.backend.request<Started>("started");
+      const started = await whenPinned(threads.pins, ask, options.onProgress);
+      return new EmbeddedMachine(threads, options, loads, started);
     } catch (error) {
       await threads.close().catch(() => {});
       throw error;
@@ -205,10 +208,12 @@ class Threads {
 
   #startBackend(pins: SharedArrayBuffer): WorkerHost {
     const { strategy, policy, interval, quota, pinner, backendEntry } = this.#options;
+    const { beforeActivation, activationTimeout } = this.#options;
     const data = {
       ...{ ram: this.ram.ram, iommu: this.#iommu, mailbox: this.#mailbox, bell: this.#backendBell },
       ...{ counters: pins, assigned: this.#plan.map(({ endpoint }, gate) => ({ bdf: endpoint, gate })) },
-      ...{ strategy, policy, interval, quota, pinner, firmware: false },
+      ...{ strategy, policy, interval, quota, pinner, beforeActivation, activationTimeout },
+      qemu: false,
     } satisfies EmbeddedBackendData;
     const entry = backendEntry ?? workerEntry(import.meta.url, "./embedded-backend-worker");
     return this.#worker("the backend", entry, data, this.#backendBell);

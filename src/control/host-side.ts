@@ -11,7 +11,12 @@ import { createPolicy } from "../policy/registry.ts";
 import type { BeforeActivation } from "../tracking/life.ts";
 import type { Pinner } from "../tracking/pinner.ts";
 import { SoftwareIommu } from "../tracking/software-iommu.ts";
-import { TRACKING_COUNTERS, Tracker, type TrackerOptions } from "../tracking/tracker.ts";
+import {
+  TRACKING_COUNTERS,
+  Tracker,
+  type TrackerOptions,
+  type TrackingCounters,
+} from "../tracking/tracker.ts";
 import { VirtioIommu } from "../virtio/iommu.ts";
 import { VirtioPciFunction } from "../virtio/pci.ts";
 import type { DirtyCommands } from "./dirty.ts";
@@ -33,8 +38,12 @@ export interface HostSideData {
   /** Functions that are tracked from the start. */
   readonly assigned: readonly AssignedFunction[];
   readonly strategy: Strategy;
-  /** Whether this is a QEMU: firmware runs before the guest's driver, and may make devices use memory. */
-  readonly firmware: boolean;
+  /** Whether this is a QEMU, which has its own idea of a function's addresses. */
+  readonly qemu: boolean;
+  /** With a driver in the guest. */
+  readonly beforeActivation: BeforeActivation;
+  /** Infinity for none. */
+  readonly activationTimeout: number;
   readonly pinner: PinnerName;
   readonly policy: string;
   readonly interval: Nanoseconds;
@@ -48,6 +57,8 @@ export interface Started {
   readonly pinMs: number;
   /** 0 until the memory map is known: ask again. */
   readonly ramBytes: number;
+  /** All RAM is to be pinned first, and is not yet: ask again. */
+  readonly pinning: boolean;
   readonly kernelSource: Pinner["kernelSource"];
 }
 /** Answer to "stop". */
@@ -68,6 +79,9 @@ export interface UnpinIdle {
 
 /** How long the kernel may take to let go of pins: io_uring releases up to 1 s late on Linux 6.1. */
 const RELEASE_LIMIT_MS = 3000;
+
+const NO_DRIVER =
+  "no driver of the guest has turned pinning on in time, and an assigned device is in use: pinning all of the guest's memory";
 
 /** Memory of a device, or memory that was plugged where no RAM was expected. */
 const BEYOND_TABLE = "QEMU shares memory beyond the guest's RAM: no device of ours can reach it";
@@ -100,6 +114,9 @@ export class HostSide {
   #nextPass: number;
   #inPass = false;
   #pinTime = 0;
+  readonly #counters: TrackingCounters;
+  /** It has been told that not all RAM can be pinned. */
+  #toldStopped = false;
   /** Why the pins that should stand before the guest starts do not; told by started(). */
   #startFailure: HostError | undefined;
   #started = false;
@@ -113,15 +130,23 @@ export class HostSide {
     this.#pinner = data.pinner === "io_uring" ? new IoUringPinner() : new SoftwarePinner();
     this.#assigned = new Map(data.assigned.map(({ bdf, gate }) => [bdf, gate]));
     this.#kernelPagesBefore = this.#pinner.kernelPinnedPages();
+    this.#counters = counters(TRACKING_COUNTERS, data.counters);
     this.#tracker = new Tracker({
       memory: this.memory,
       pinner: this.#pinner,
       iommu: this.#iommu,
       policy: createPolicy(data.policy),
       clock: monotonicClock,
-      counters: counters(TRACKING_COUNTERS, data.counters),
-      quota: data.quota,
-      beforeActivation: beforeActivation(data),
+      counters: this.#counters,
+      // Of what is pinned on request.
+      quota: data.strategy === "coiommu" ? data.quota : Number.POSITIVE_INFINITY,
+      ...lifeOf(data),
+      bus: {
+        mastering: () => this.#gates().some((gate) => this.#iommu.isMastering(gate)),
+        quiet: () =>
+          this.#gates().length === this.#assigned.size &&
+          !this.#gates().some((gate) => this.#iommu.isMastering(gate)),
+      },
       ...(openTable && { openTable }),
     });
     this.#device = new VirtioIommu({
@@ -139,7 +164,7 @@ export class HostSide {
     const before = monotonicClock.now();
     const covered = regions.filter(({ gpa, size }) => gpa + size <= this.#iommu.frames * FRAME_SIZE);
     if (covered.length < regions.length) this.#warn(BEYOND_TABLE);
-    const range = this.#data.firmware ? ringAddresses(covered) : undefined;
+    const range = this.#data.qemu ? ringAddresses(covered) : undefined;
     if (range) this.#device.setInputRange(range);
     try {
       this.#tracker.setMemory(covered);
@@ -169,8 +194,9 @@ export class HostSide {
     this.#iommu.serveRequests((gfn) => this.#tracker.touchedByFirmware(gfn));
   }
 
-  /** At most one slice of what is due of an unpin pass. Returns for how many ms nothing will be due. */
+  /** At most one slice of what is due, of each kind. Returns for how many ms nothing will be due. */
   work(): number {
+    this.#live();
     const now = monotonicClock.now();
     if (this.#inPass) this.#inPass = this.#tracker.slice();
     else if (now >= this.#nextPass) {
@@ -178,7 +204,36 @@ export class HostSide {
       this.#inPass = true;
       this.#nextPass = now + this.#data.interval;
     }
-    return this.#inPass ? 0 : Math.max(0, (this.#nextPass - now) / 1e6);
+    const dueAt = Math.min(this.#nextPass, this.#tracker.dueAt);
+    return this.#inPass ? 0 : Math.max(0, (dueAt - now) / 1e6);
+  }
+
+  /** What the guest's life brings about without a word of its driver: at most one slice of pinning everything. */
+  #live(): void {
+    const before = monotonicClock.now();
+    if (before < this.#tracker.dueAt) return;
+    const { life } = this.#tracker;
+    try {
+      this.#tracker.live();
+      if (this.#counters.backgroundStopped === 0) this.#toldStopped = false;
+      else this.#stopped("the quota is less than the guest has");
+    } catch (error) {
+      if (!(error instanceof HostError)) throw error;
+      if (this.#started) this.#stopped(explain(error));
+      else this.#startFailure = error;
+    }
+    if (!this.#started) this.#pinTime += monotonicClock.now() - before;
+    if (life === "undecided" && this.#tracker.life === "static") this.#warn(NO_DRIVER);
+  }
+
+  /** Told once, though it is tried again and again. */
+  #stopped(why: string): void {
+    if (!this.#toldStopped) this.#warn(`not all of the guest's memory is pinned: ${why}`);
+    this.#toldStopped = true;
+  }
+
+  #gates(): number[] {
+    return [...this.#assigned.values()].filter((gate) => gate !== undefined);
   }
 
   /** Once begun it goes on, so that what has gone is told; what may not go any more has stayed. */
@@ -192,10 +247,18 @@ export class HostSide {
   /** Throws UserError when what should be pinned by now cannot be. */
   started(): Started {
     if (this.#startFailure) throw new UserError(explain(this.#startFailure), 1);
-    this.#started = this.memory.size > 0;
+    const { backgroundFrames, backgroundPinned } = this.#counters;
+    if (backgroundFrames > this.#tracker.quota)
+      throw new UserError(
+        `--before-activation all pins all of the guest's memory: --quota cannot be below ${backgroundFrames} frames`,
+        1,
+      );
+    const pinning = backgroundPinned < backgroundFrames;
+    this.#started = this.memory.size > 0 && !pinning;
     return {
       pinMs: this.#pinTime / 1e6,
       ramBytes: this.memory.size,
+      pinning,
       kernelSource: this.#pinner.kernelSource,
     };
   }
@@ -249,8 +312,12 @@ export class HostSide {
   }
 }
 
-const beforeActivation = ({ strategy, firmware }: HostSideData): BeforeActivation =>
-  strategy === "static" ? "all" : hasDriver(strategy) && firmware ? "bios" : "none";
+function lifeOf({ strategy, beforeActivation, activationTimeout }: HostSideData) {
+  if (hasDriver(strategy)) return { beforeActivation, activationTimeout };
+  return strategy === "static"
+    ? ({ beforeActivation: "all", wholeRam: true } as const)
+    : ({ beforeActivation: "none" } as const);
+}
 
 function explain(error: HostError): string {
   if (error.errno !== "ENOMEM" || canExceedMemlock())

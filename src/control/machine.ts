@@ -3,6 +3,7 @@ import type { Bdf, Nanoseconds } from "../base/units.ts";
 import type { StoreOptions } from "../device/block-store.ts";
 import type { DeviceCounters } from "../device/counters.ts";
 import type { DriverCounters } from "../driver/counters.ts";
+import type { BeforeActivation } from "../tracking/life.ts";
 import type { TrackingCounters } from "../tracking/tracker.ts";
 import type { DirtyFrames } from "./dirty.ts";
 import type { PinnerName, Started, Stopped } from "./host-side.ts";
@@ -21,7 +22,12 @@ export interface MachineOptions {
   readonly quota: number;
   readonly pinner: PinnerName;
   readonly disk: StoreOptions;
+  /** With strategy `coiommu`: what is pinned before a driver turns PIN on, and how long it may take to (Infinity: for ever). */
+  readonly beforeActivation: BeforeActivation;
+  readonly activationTimeout: number;
   readonly onWarning?: (text: string) => void;
+  /** Told what is done before the guest starts. */
+  readonly onProgress?: (text: string) => void;
   /** Entries of threads; tests of the checkers put broken ones here. */
   readonly backendEntry?: URL;
   readonly deviceEntry?: URL;

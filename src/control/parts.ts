@@ -10,6 +10,7 @@ import { counters, countersBuffer } from "../memory/counters.ts";
 import { createIommuBuffer, DEVICES_MAX } from "../tracking/software-iommu.ts";
 import { TRACKING_COUNTERS, type TrackingCounters } from "../tracking/tracker.ts";
 import type { BackendData } from "./backend.ts";
+import { whenPinned } from "./background.ts";
 import type { DiskData, DiskStopped } from "./disk.ts";
 import type { AssignedFunction, Started, Stopped } from "./host-side.ts";
 import type { MachineEnd, MachineOptions } from "./machine.ts";
@@ -20,7 +21,10 @@ type Settings =
   | "interval"
   | "quota"
   | "pinner"
+  | "beforeActivation"
+  | "activationTimeout"
   | "onWarning"
+  | "onProgress"
   | "backendEntry"
   | "deviceEntry";
 
@@ -98,13 +102,15 @@ export class Parts {
     this.pins = counters(TRACKING_COUNTERS, pins);
     this.failed.promise.catch(() => {});
     const { strategy, pinner, policy, interval, quota, assigned } = options;
+    const { beforeActivation, activationTimeout } = options;
     const wake = EventFd.create();
     this.backendWorker = this.#worker(
       "the backend",
       options.backendEntry ?? workerEntry(import.meta.url, "./backend-worker"),
       {
         ...{ wakeFd: wake.fd, socketFd: iommuFd, touchFd: this.#touch.fd, iommu: this.#iommu },
-        ...{ counters: pins, assigned, strategy, pinner, policy, interval, quota, firmware: true },
+        ...{ counters: pins, assigned, strategy, pinner, policy, interval, quota },
+        ...{ beforeActivation, activationTimeout, qemu: true },
       } satisfies BackendData,
       wake,
     );
@@ -158,8 +164,10 @@ export class Parts {
       await sleep(10);
       started = await this.backendWorker.request<Started>("started");
     }
-    if (started.ramBytes >= enough) return started;
-    throw new UserError(`QEMU shares ${started.ramBytes} bytes of RAM, not ${memoryMiB} MiB`, 1);
+    if (started.ramBytes < enough)
+      throw new UserError(`QEMU shares ${started.ramBytes} bytes of RAM, not ${memoryMiB} MiB`, 1);
+    const ask = () => this.backendWorker.request<Started>("started");
+    return await whenPinned(this.pins, ask, this.#options.onProgress);
   }
 
   /** Stop the threads: the disks first, because their DMA relies on the pins. */

@@ -1,6 +1,7 @@
 import { monotonicClock } from "../host/clock.ts";
 import { sums } from "../memory/counters.ts";
 import { meanPinned } from "../tracking/counters.ts";
+import { backgroundText } from "./background.ts";
 import type { DriverState, Machine, MachineEnd, MachineOptions, Worked } from "./machine.ts";
 import type { RunResult } from "./result.ts";
 import { hasDriver, isRemapping } from "./strategy.ts";
@@ -61,7 +62,11 @@ async function measure(
   await machine.resume();
   const resumed = nowMs();
   const samples: RunResult["samples"][number][] = [];
-  const sampler = setInterval(() => samples.push(sample(machine, options, nowMs() - resumed)), SAMPLE_MS);
+  const sampler = setInterval(() => {
+    samples.push(sample(machine, options, nowMs() - resumed));
+    const pinning = backgroundText(machine.pins);
+    if (pinning !== undefined) progress(pinning);
+  }, SAMPLE_MS);
   try {
     progress("booting the guest");
     const { kernel, userspaceAt } = await machine.boot();

@@ -37,6 +37,8 @@ export class FrontEnd {
   #nextFd = 100;
   /** The back-end closed the connection. */
   closed = false;
+  /** The back-end says that it may do DMA. */
+  mastering = false;
 
   constructor(ramSize = 2 ** 20) {
     this.ram = new Uint8Array(ramSize);
@@ -70,6 +72,9 @@ export class FrontEnd {
       close: (fd) => {
         if (!this.open.delete(fd)) throw new Error(`fd ${fd} is closed twice`);
       },
+    },
+    mastering: (on) => {
+      this.mastering = on;
     },
   };
 

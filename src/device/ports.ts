@@ -35,4 +35,6 @@ export interface DevicePorts {
   readonly loop: EventLoop;
   readonly mapper: RamMapper;
   readonly fds: PeerFds;
+  /** Told before the device begins to do DMA, and when it cannot any more. */
+  mastering(on: boolean): void;
 }

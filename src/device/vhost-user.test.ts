@@ -227,6 +227,22 @@ test("a ring is served from its first kick on, while it is enabled, until its ba
   assert.equal(counters.requests, 3);
 });
 
+test("the disk masters the bus from the kick fd of its ring until that is stopped, and no longer than QEMU is there", () => {
+  const { frontEnd } = setUp();
+  frontEnd.negotiate();
+  assert.equal(frontEnd.mastering, false);
+  frontEnd.startRing();
+  assert.equal(frontEnd.mastering, true, "before the first kick: its driver has posted buffers");
+  frontEnd.acknowledged(wire.VHOST_USER_SET_VRING_KICK, u64(0n), [frontEnd.newFd()]);
+  assert.equal(frontEnd.mastering, true);
+  frontEnd.send(wire.VHOST_USER_GET_VRING_BASE, state(0, 0));
+  assert.equal(frontEnd.mastering, false);
+  frontEnd.startRing();
+  assert.equal(frontEnd.mastering, true);
+  frontEnd.raw(new Uint8Array(0));
+  assert.equal(frontEnd.mastering, false);
+});
+
 test("a kick before the ring is laid out is an error of QEMU's, not of ours", () => {
   const { frontEnd, counters } = setUp();
   frontEnd.negotiate();

@@ -65,6 +65,7 @@ export class VhostUserSession {
   #protocolFeatures = 0n;
   #table: { gpa: number; size: number; userAddress: number }[] = [];
   #backendFd: number | undefined;
+  #running = 0;
   /** Messages that were served, and those that were refused. */
   messages = 0;
   refused = 0;
@@ -81,9 +82,13 @@ export class VhostUserSession {
     this.#memory = memory;
     this.#device = device;
     const handle: ChainHandler = (chain) => device.handle(chain);
+    const running = (on: boolean) => {
+      this.#running += on ? 1 : -1;
+      ports.mastering(this.#running > 0);
+    };
     this.#rings = Array.from(
       { length: device.queues },
-      () => new Vring({ loop: ports.loop, fds: ports.fds, memory: dma, handle, counters }),
+      () => new Vring({ loop: ports.loop, fds: ports.fds, memory: dma, handle, counters, running }),
     );
     this.#offered =
       device.features |

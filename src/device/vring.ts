@@ -10,6 +10,8 @@ export interface VringPorts {
   readonly memory: GuestAccess;
   readonly handle: ChainHandler;
   readonly counters: QueueCounters;
+  /** Told when the ring may be kicked from now on, or was stopped. */
+  running(on: boolean): void;
 }
 
 /**
@@ -58,9 +60,12 @@ export class Vring {
 
   /** Takes over `fd`, as the two below do; undefined: there is none. */
   setKick(fd: number | undefined): void {
-    this.#closeKick();
+    const ran = this.#kick !== undefined;
+    if (ran) this.#p.loop.unwatch(this.#kick!);
+    this.#close(this.#kick);
     this.#kick = fd;
     if (fd !== undefined) this.#p.loop.watch(fd, () => this.#kicked(fd));
+    if (ran !== (fd !== undefined)) this.#p.running(!ran);
   }
 
   setCall(fd: number | undefined): void {
@@ -81,7 +86,7 @@ export class Vring {
 
   /** Returns the index of the next entry to serve. */
   stop(): number {
-    this.#closeKick();
+    this.setKick(undefined);
     this.#base = this.#runner?.base ?? this.#base;
     this.#runner = undefined;
     this.#started = false;
@@ -123,12 +128,6 @@ export class Vring {
     const options = { next: this.#base };
     const queue = new SplitQueue(this.#p.memory, this.#layout, options);
     return new QueueRunner(queue, this.#p.handle, this.#p.counters);
-  }
-
-  #closeKick(): void {
-    if (this.#kick !== undefined) this.#p.loop.unwatch(this.#kick);
-    this.#close(this.#kick);
-    this.#kick = undefined;
   }
 
   #close(fd: number | undefined): void {

@@ -11,6 +11,10 @@ export const TRACKING_STATE = [
   "parkedByOperator",
   /** Frames; Infinity for no limit. */
   "quota",
+  /** While all RAM is pinned in the background: frames of it, how many are pinned, and an index in STOPPED_BY. */
+  "backgroundFrames",
+  "backgroundPinned",
+  "backgroundStopped",
 ] as const;
 
 export const TRACKING_COUNTERS = [

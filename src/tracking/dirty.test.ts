@@ -208,7 +208,7 @@ test("frames that are no longer RAM are forgotten", () => {
 });
 
 test("everything is pinned: all RAM is given each time", () => {
-  const m = machine({ beforeActivation: "all" });
+  const m = machine({ beforeActivation: "all", wholeRam: true });
   m.tracker.dirty.start();
   assert.deepEqual([harvest(m).length, harvest(m).length], [2048, 2048]);
 });

@@ -67,7 +67,11 @@ export class Pins {
 
   /** Pages pinned. */
   get size(): number {
-    return this.ledger.size + this.#orphans.length;
+    return this.ledger.size + this.orphans;
+  }
+  /** Of them, those of no frame any more. */
+  get orphans(): number {
+    return this.#orphans.length;
   }
 
   /** Pin frames that are RAM and not pinned yet. Throws HostError; then none of them is. */

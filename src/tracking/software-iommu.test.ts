@@ -101,6 +101,17 @@ test("quiesce does not wait for a window that was opened after it began", () => 
   assert.equal(iommu.quiesce(), true);
 });
 
+test("each device says for itself whether it may do DMA", () => {
+  const buffer = createIommuBuffer(64);
+  const backend = new SoftwareIommu(buffer, new FakeClock());
+  const gates = [0, 7].map((device) => new DeviceGate(buffer, device, () => {}));
+  gates[1]!.setMastering(true);
+  assert.deepEqual([backend.isMastering(0), backend.isMastering(7)], [false, true]);
+  gates[0]!.setMastering(true);
+  gates[1]!.setMastering(false);
+  assert.deepEqual([backend.isMastering(0), backend.isMastering(7)], [true, false]);
+});
+
 test("a device's request is answered by the backend: granted, refused, and then again", () => {
   const asked: number[] = [];
   const { iommu, gates } = rig({

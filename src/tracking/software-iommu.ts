@@ -10,7 +10,8 @@ import { ENTRY_FLAGS, ENTRY_FRAMES, IovaTables, walk } from "./iova-tables.ts";
 /** The word at the start of the shared table. */
 const GRANTING = 0;
 /**
- * Per device, from here: window sequence (odd: a DMA window is open), request state, requested GFN, and context: what the device's addresses mean.
+ * Per device, from here: window sequence (odd: a DMA window is open), request state, requested GFN, context: what the
+ * device's addresses mean, and 1 while it may begin to do DMA by itself.
  */
 const DEVICES = 16;
 const PER_DEVICE = 16; // one cache line
@@ -18,6 +19,7 @@ const SEQUENCE = 0;
 const REQUEST = 1;
 const REQUESTED = 2;
 const CONTEXT = 3;
+const MASTERING = 4;
 
 const IDLE = 0;
 const ASKED = 1;
@@ -119,6 +121,11 @@ export class SoftwareIommu {
     this.#words.store(GRANTING, granting ? 1 : 0);
   }
 
+  /** Whether a device may begin to do DMA: its driver has started it, and has not reset it since. */
+  isMastering(device: number): boolean {
+    return this.#words.load(deviceAt(device) + MASTERING) !== 0;
+  }
+
   allow(gfn: Gfn): void {
     if (gfn >= this.#frames) throw new InvariantViolation(`frame ${gfn} is beyond the IOMMU table`);
     this.#words.or(BITMAP + (gfn >>> 5), 1 << (gfn & 31));
@@ -159,10 +166,12 @@ export class SoftwareIommu {
   }
 }
 
-function contextAt(device: number): number {
+function deviceAt(device: number): number {
   invariant(device < DEVICES_MAX, `device ${device} of ${DEVICES_MAX}`);
-  return DEVICES + device * PER_DEVICE + CONTEXT;
+  return DEVICES + device * PER_DEVICE;
 }
+
+const contextAt = (device: number): number => deviceAt(device) + CONTEXT;
 
 /** A device's side of the table, in the device's thread. */
 export class DeviceGate implements DmaGate {
@@ -180,6 +189,11 @@ export class DeviceGate implements DmaGate {
     this.#frames = framesOf(this.#words);
     this.#pool = poolOf(this.#words);
     this.#ring = ring;
+  }
+
+  /** To be called before the first window that the device opens by itself, and when it will open no more. */
+  setMastering(on: boolean): void {
+    this.#words.store(this.#base + MASTERING, on ? 1 : 0);
   }
 
   enter(): void {

@@ -142,7 +142,7 @@ test("frames that are kept go when a table says that nobody uses them", () => {
 });
 
 test("with everything pinned as a whole, a domain pins and releases nothing", () => {
-  const m = machine({ beforeActivation: "all" });
+  const m = machine({ beforeActivation: "all", wholeRam: true });
   assert.equal(m.tracker.hold(frames(5)), OK);
   assert.equal(m.tracker.hold(frames(RAM_FRAMES)), RANGE);
   m.tracker.letGo([frames(5)]);

@@ -12,11 +12,19 @@ import {
   VIRTIO_IOMMU_S_RANGE,
   VIRTIO_IOMMU_S_UNSUPP,
 } from "../wire/virtio-iommu.ts";
+import { BackgroundPins, STOPPED_BY } from "./background-pins.ts";
 import { countPinned, type TrackingCounters } from "./counters.ts";
 import { DirtyTracking } from "./dirty.ts";
 import { DmaTrackingTable, NO_UNIT, type Unit } from "./dtt.ts";
 import { type Ledger, NO_TABLE, ONLY_DOMAINS } from "./ledger.ts";
-import { type BeforeActivation, initialLife, LIVES, type Life, type LifeEvent, nextLife } from "./life.ts";
+import {
+  type AssignedBus,
+  type BeforeActivation,
+  GuestLife,
+  LIVES,
+  type Life,
+  type LifeEvent,
+} from "./life.ts";
 import { framesOf, type Mapping } from "./mapping-trees.ts";
 import type { Pinner } from "./pinner.ts";
 import { Pins } from "./pins.ts";
@@ -42,6 +50,11 @@ export interface TrackerOptions {
   /** Frames this guest may have pinned at once; Infinity for no limit. */
   readonly quota: number;
   readonly beforeActivation: BeforeActivation;
+  /** No driver ever says what is in use: all RAM is pinned as a whole, at once and for good. */
+  readonly wholeRam?: boolean;
+  /** How long a driver may take to turn PIN on, from power-on or a machine reset; Infinity for ever. */
+  readonly activationTimeout?: number;
+  readonly bus?: AssignedBus;
   /** The table's view of a unit; tests of the checkers put a broken one here. */
   readonly openTable?: (memory: GuestMemory, root: Gpa, levels: number) => DmaTrackingTable;
 }
@@ -61,7 +74,8 @@ export class Tracker {
   readonly dirty: DirtyTracking;
   readonly #table: TableInUse;
   readonly #passes: UnpinPasses;
-  #life: Life;
+  readonly #background: BackgroundPins;
+  readonly #life: GuestLife;
   #quota: number;
   #parks = 0;
   #parkedByOperator = false;
@@ -73,7 +87,8 @@ export class Tracker {
 
   constructor(options: TrackerOptions) {
     this.#o = options;
-    this.#life = initialLife(options.beforeActivation);
+    const { beforeActivation, activationTimeout = Number.POSITIVE_INFINITY, bus } = options;
+    this.#life = new GuestLife(beforeActivation, activationTimeout, bus, options.clock);
     this.#quota = options.quota;
     this.#pins = new Pins(options);
     this.#ledger = this.#pins.ledger;
@@ -84,7 +99,9 @@ export class Tracker {
       (gfn) => this.#table.takeDirty(gfn),
     );
     const parts = { pins: this.#pins, table: this.#table, clock: options.clock, counters: options.counters };
-    this.#passes = new UnpinPasses({ ...parts, dirty: this.dirty, parked: () => this.parked });
+    const parked = () => this.parked || this.life === "static";
+    this.#passes = new UnpinPasses({ ...parts, dirty: this.dirty, parked });
+    this.#background = new BackgroundPins(options.memory, this.#pins, options.clock, () => this.#quota);
     this.remapping = new Remapping(options.iommu, this);
     options.counters.startedAt = options.counters.changedAt = options.clock.now();
     options.iommu.setGranting(this.#granting);
@@ -92,7 +109,7 @@ export class Tracker {
   }
 
   get life(): Life {
-    return this.#life;
+    return this.#life.now;
   }
   get quota(): number {
     return this.#quota;
@@ -128,6 +145,7 @@ export class Tracker {
     this.#o.memory.setRegions(regions);
     this.dirty.memoryChanged(this.#o.memory);
     this.#pins.releaseOrphans();
+    this.#background.restart();
     this.#pinUnasked();
   }
 
@@ -137,7 +155,7 @@ export class Tracker {
    */
   adopt(pins: Iterable<readonly [gfn: Gfn, handle: number]>): void {
     this.#pins.adopt(pins);
-    this.#life = "frozen";
+    this.#life.adopted();
     this.#o.iommu.setGranting(this.#granting);
     this.#show();
     this.#changed();
@@ -148,7 +166,7 @@ export class Tracker {
     const { memory, openTable = (m, r, l) => new DmaTrackingTable(m, r, l) } = this.#o;
     if (!DmaTrackingTable.valid(memory, root, levels)) return false;
     this.#table.open(openTable(memory, root as Gpa, levels), complete, marksDirty);
-    this.#enter("pin-on");
+    this.#enter(complete ? "pin-on" : "pin-on-incomplete");
     return true;
   }
 
@@ -157,15 +175,51 @@ export class Tracker {
     this.#table.close();
     this.#passes.stop();
     this.#enter(event);
+    this.#look();
   }
 
   machineReset(): void {
     this.#table.close();
     this.#passes.stop();
     this.#enter("machine-reset");
-    this.remapping.reset(false);
-    this.#drop([...this.#ledger.frames()]);
+    this.remapping.reset(this.#inBackground);
+    if (!this.#inBackground) this.#drop([...this.#ledger.frames()]);
     this.#pinUnasked();
+  }
+
+  /** When live() has something to do; Infinity for never. */
+  get dueAt(): number {
+    const { lookAt } = this.#life;
+    return this.#inBackground ? Math.min(lookAt, this.#background.dueAt) : lookAt;
+  }
+
+  /**
+   * What is due without any word of the driver: a change of state, or one slice of pinning everything. Throws
+   * HostError; what it refused is asked for again later.
+   */
+  live(): void {
+    this.#look();
+    if (!this.#inBackground || this.#o.clock.now() < this.#background.dueAt) return;
+    try {
+      this.#o.counters.framesPinned += this.#background.slice();
+    } finally {
+      this.#changed();
+    }
+  }
+
+  #look(): void {
+    const event = this.#life.look();
+    if (!event) return;
+    this.#enter(event);
+    if (event !== "functions-reset" || this.#inBackground) return;
+    // What domains map stays theirs: the driver has not reset our device.
+    this.#drop([...this.#ledger.frames()].filter((gfn) => !this.#ledger.isNeeded(gfn)));
+    try {
+      this.#pinUnasked();
+    } catch (error) {
+      // What is left out is pinned when a device touches it.
+      if (!(error instanceof HostError)) throw error;
+    }
   }
 
   park(): void {
@@ -206,6 +260,7 @@ export class Tracker {
   /** Below what is pinned, it refuses new pins until that has fallen; nothing is torn out. */
   setQuota(frames: number): void {
     this.#quota = frames;
+    this.#background.restart();
     this.#show();
   }
 
@@ -302,7 +357,7 @@ export class Tracker {
    * because no table asked.
    */
   hold(mapping: Mapping): number {
-    const { memory, beforeActivation } = this.#o;
+    const { memory, wholeRam } = this.#o;
     const count = mapping.last - mapping.first + 1;
     // Bounds the loops: a range of RAM repeats no frame.
     if (count > memory.size / FRAME_SIZE || mapping.gfn + count > GFN_LIMIT) return VIRTIO_IOMMU_S_RANGE;
@@ -312,7 +367,7 @@ export class Tracker {
       if (!memory.find(gpaOf(gfn), FRAME_SIZE)) return VIRTIO_IOMMU_S_RANGE;
       this.#gfns[n++] = gfn;
     }
-    if (beforeActivation === "all") return VIRTIO_IOMMU_S_OK; // pinned as a whole, for good
+    if (wholeRam) return VIRTIO_IOMMU_S_OK;
     const status = this.#pinFresh(n, ONLY_DOMAINS);
     if (status === VIRTIO_IOMMU_S_OK) this.#pins.need(mapping);
     this.#changed();
@@ -321,12 +376,12 @@ export class Tracker {
 
   /** Domains no longer map what hold() was called for. `kept`: until a table is there that says what is in use. */
   letGo(mappings: Iterable<Mapping>, kept = false): void {
-    if (this.#o.beforeActivation === "all") return;
+    if (this.#o.wholeRam) return;
     const gone = [...mappings];
     // No unit tells what devices wrote through a domain.
     if (this.dirty.on)
       for (const mapping of gone) for (const gfn of framesOf(mapping)) this.dirty.remember(gfn);
-    this.#o.counters.framesUnpinned += this.#pins.giveUp(gone, kept);
+    this.#o.counters.framesUnpinned += this.#pins.giveUp(gone, kept || this.life === "static");
     this.#changed();
   }
 
@@ -361,8 +416,13 @@ export class Tracker {
 
   // --- pins without a table --------------------------------------------------------------------------------------
 
+  /** Devices may ask for what they touch: all of it is to be pinned, or none of it was foreseen. */
   get #granting(): boolean {
-    return this.#life === "undecided" && this.#o.beforeActivation === "bios";
+    return this.#inBackground || (this.life === "undecided" && this.#o.beforeActivation === "bios");
+  }
+
+  get #inBackground(): boolean {
+    return this.life === "static" && !this.#o.wholeRam;
   }
 
   /** Throws HostError. */
@@ -381,8 +441,8 @@ export class Tracker {
   /** Pin what the state wants pinned without a request. Throws HostError. */
   #pinUnasked(): void {
     try {
-      if (this.#life === "static") this.#o.counters.framesPinned += this.#static.cover();
-      else if (this.#granting) this.#pinFirmwareWindow();
+      if (this.#o.wholeRam) this.#o.counters.framesPinned += this.#static.cover();
+      else if (this.life === "undecided" && this.#granting) this.#pinFirmwareWindow();
     } finally {
       this.#changed();
     }
@@ -407,16 +467,18 @@ export class Tracker {
   }
 
   #enter(event: LifeEvent): void {
-    this.#life = nextLife(this.#life, event, this.#o.beforeActivation);
+    this.#life.enter(event);
     this.#parks = 0;
+    this.#background.restart();
     this.#show();
+    this.#changed();
     this.#o.iommu.setGranting(this.#granting);
   }
 
   /** To observers. */
   #show(): void {
     Object.assign(this.#o.counters, {
-      life: LIVES.indexOf(this.#life),
+      life: LIVES.indexOf(this.life),
       parks: this.#parks,
       parkedByOperator: Number(this.#parkedByOperator),
       quota: this.#quota,
@@ -424,6 +486,10 @@ export class Tracker {
   }
 
   #changed(): void {
-    countPinned(this.#o.counters, this.pinned, this.#o.clock.now());
+    const { counters, clock } = this.#o;
+    countPinned(counters, this.pinned, clock.now());
+    counters.backgroundFrames = this.#inBackground ? this.#background.frames : 0;
+    counters.backgroundPinned = this.#inBackground ? this.#ledger.size : 0;
+    counters.backgroundStopped = this.#inBackground ? STOPPED_BY.indexOf(this.#background.stopped) : 0;
   }
 }

@@ -67,6 +67,7 @@ test("a busy guest is watched and steered, by two clients at once", async (t) =>
         strategy: "coiommu",
         life: "tracked",
         policy: { name: "lru", parameters: {} },
+        background: null,
       },
       ...{ quotaFrames: null, pinned: true, parked: false, parks: { guest: 0, operator: false } },
       ...{ endpoints: ["0000:00:04.0"], uptimeMs: 0 },

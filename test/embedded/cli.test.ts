@@ -67,6 +67,20 @@ for (const [strategy, workload] of [
     else assert.ok(strategy === "none" ? framesPeak === 0 : framesPeak > 0 && framesPeak < 65_536 / 4);
   });
 
+test("--before-activation all: everything is pinned before the guest starts, and let go of when its driver is there", async () => {
+  const run = await result("--before-activation", "all", "--workload", READ);
+  checkSound(run);
+  assert.equal(run.pins.framesPeak, 65_536);
+  assert.ok(run.creation.pinMs > 0);
+  assert.ok(run.pins.framesUnpinned > 65_536 / 2 && run.pins.framesAtEnd < 65_536 / 4);
+});
+
+test("--before-activation all with a quota below what the guest has is refused", async () => {
+  const ended = await new Cli([...EMBEDDED, "--before-activation", "all", "--quota", "50%"]).ended;
+  assert.equal(ended.code, 1);
+  assert.match(complaint(ended), /--quota cannot be below 65536 frames/);
+});
+
 test("the check of the JSON's fields finds one too many and one too few", async () => {
   const run = await result("--workload", "idle:seconds=1");
   assert.deepEqual(fieldDifferences(run), []);

@@ -16,6 +16,8 @@ const options: EmbeddedOptions = {
   policy: "lru",
   interval: milliseconds(50),
   quota: Number.POSITIVE_INFINITY,
+  beforeActivation: "none",
+  activationTimeout: Number.POSITIVE_INFINITY,
   pinner: "software",
   disk: { sizeMiB: 64 },
   workload: parseWorkload("fio:rw=randrw,seconds=60,size=8M"),

@@ -20,6 +20,8 @@ const options: EmbeddedOptions = {
   policy: "lru",
   interval: milliseconds(20),
   quota: Number.POSITIVE_INFINITY,
+  beforeActivation: "none",
+  activationTimeout: Number.POSITIVE_INFINITY,
   pinner: "software",
   disk: { sizeMiB: 64 },
   workload: parseWorkload("fio:rw=randread,seconds=2,size=8M"),

@@ -19,6 +19,7 @@ async function attached(t: TestContext, { qmp }: UserVm): Promise<Attachment> {
     interval: milliseconds(INTERVAL_MS),
     pinner: "io_uring",
     quota: () => Number.POSITIVE_INFINITY,
+    activationTimeout: Number.POSITIVE_INFINITY,
     onWarning: (text) => assert.fail(text),
   });
   t.after(() => attachment.close());

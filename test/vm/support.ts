@@ -23,6 +23,8 @@ export async function bootedVm(
     policy: "lru",
     interval: milliseconds(INTERVAL_MS),
     quota: Number.POSITIVE_INFINITY,
+    beforeActivation: "bios",
+    activationTimeout: Number.POSITIVE_INFINITY,
     pinner: "io_uring",
     disk: { sizeMiB: 128 },
     ...overrides,

@@ -8,6 +8,7 @@ import { sums } from "../../memory/counters.ts";
 import { meanPinned } from "../../tracking/counters.ts";
 import { LIVES } from "../../tracking/life.ts";
 import type { TrackingCounters } from "../../tracking/tracker.ts";
+import { backgroundOf } from "../background.ts";
 import type { LiveGuest } from "../run.ts";
 import { Refusal } from "./refusal.ts";
 import * as schemas from "./schemas.ts";
@@ -40,6 +41,7 @@ export const ROUTES: readonly Route[] = [
       machine: machine.name,
       strategy: options.strategy,
       life: LIVES[machine.pins.life]!,
+      background: backgroundOf(machine.pins),
       policy: machine.operator.policy,
       ...quotaOf(machine.pins),
       ...parkedOf(machine.pins),

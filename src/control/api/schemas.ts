@@ -4,6 +4,7 @@ import { GFN_LIMIT } from "../../base/units.ts";
 import { DEVICE_COUNTERS } from "../../device/counters.ts";
 import { DRIVER_COUNTERS } from "../../driver/counters.ts";
 import { policies } from "../../policy/registry.ts";
+import { STOPPED_BY } from "../../tracking/background-pins.ts";
 import { LIVES } from "../../tracking/life.ts";
 import { STRATEGIES } from "../strategy.ts";
 
@@ -64,6 +65,13 @@ export const State = exactly({
   machine: Type.Enum(["qemu", "embedded"]),
   strategy: Type.Enum([...STRATEGIES]),
   life: Type.Enum([...LIVES]),
+  background: nullable(
+    exactly({
+      pinned: Count,
+      frames: { ...Count, description: "All of the guest's memory, which is to be pinned" },
+      stopped: nullable(Type.Enum([...STOPPED_BY], { description: "It goes on when this allows it" })),
+    }),
+  ),
   policy: nullable(Policy),
   ...Quota.properties,
   ...Parked.properties,

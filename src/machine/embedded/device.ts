@@ -136,6 +136,7 @@ export class DeviceThread {
   readonly #registers: DeviceRegisters;
   readonly #commands: CommandServer;
   #model: Model | undefined;
+  #gate: DeviceGate | undefined;
   #stopping = false;
 
   constructor(data: DeviceData & WorkerBase) {
@@ -145,7 +146,7 @@ export class DeviceThread {
     this.#registers = new DeviceRegisters(data.doorbells);
     this.#commands = new CommandServer(data, {
       open: () => this.#open(),
-      start: (setup: DeviceSetup) => this.#model!.start(setup),
+      start: (setup: DeviceSetup) => this.#start(setup),
       stop: () => this.#stop(),
     });
   }
@@ -172,13 +173,19 @@ export class DeviceThread {
   #open(): number {
     const { kind, number, ram, iommu, backendBell, store } = this.#data;
     const backend = new Bell(backendBell);
-    const gate = new DeviceGate(iommu, number, () => backend.ring());
-    const memory = new GatedMemory(new GuestMemory([ramRegion(ram)]), gate);
+    this.#gate = new DeviceGate(iommu, number, () => backend.ring());
+    const memory = new GatedMemory(new GuestMemory([ramRegion(ram)]), this.#gate);
     this.#model = MODELS[kind]({
       ...{ memory, registers: this.#registers, store },
       counters: counters(DEVICE_COUNTERS, this.#data.counters),
     });
     return this.#model.size;
+  }
+
+  /** For the rest of the machine's life. */
+  #start(setup: DeviceSetup): void {
+    this.#gate!.setMastering(true);
+    this.#model!.start(setup);
   }
 
   #stop(): DeviceStopped {
