@@ -31,6 +31,8 @@ export interface VmOptions extends MachineOptions {
   readonly accel: "auto" | "tcg" | "kvm";
   /** The guest's console is this process's terminal. */
   readonly shell?: boolean;
+  /** Firmware boots from the assigned disk, instead of what `guest` says. */
+  readonly bootFromDisk?: boolean;
   /** More words for the guest kernel's command line. */
   readonly append?: readonly string[];
 }
@@ -80,12 +82,11 @@ export class Vm implements Machine {
     try {
       const disk = await parts.addDisk(options.disk);
       qemu = await startQemu({
-        kernel: options.guest.kernel,
-        initrd: options.guest.initrd,
+        ...(!options.bootFromDisk && { kernel: options.guest.kernel, initrd: options.guest.initrd }),
         memoryMiB: options.memoryMiB,
         cpus: options.cpus,
         accel: options.accel,
-        devices: devicesOf(parts, disk),
+        devices: devicesOf(parts, disk, options),
         ...(options.append && { append: options.append }),
         ...(options.shell && { shell: true }),
       });
@@ -140,7 +141,7 @@ export class Vm implements Machine {
   }
 }
 
-const devicesOf = (parts: Parts, disk: DiskPart): QemuDevice[] => [
+const devicesOf = (parts: Parts, disk: DiskPart, { bootFromDisk }: VmOptions): QemuDevice[] => [
   {
     fds: [parts.takeIommuFd()],
     arguments: ([fd]) => ["-device", `x-pci-proxy-dev,id=coiommu,fd=${fd},addr=${IOMMU_SLOT}`],
@@ -150,7 +151,7 @@ const devicesOf = (parts: Parts, disk: DiskPart): QemuDevice[] => [
     arguments: ([fd]) => [
       ...["-chardev", `socket,id=disk,fd=${fd}`],
       "-device",
-      `vhost-user-blk-pci,chardev=disk,num-queues=1,queue-size=256,iommu_platform=on,disable-legacy=on,addr=${DISK_SLOT}`,
+      `vhost-user-blk-pci,chardev=disk,num-queues=1,queue-size=256,iommu_platform=on,disable-legacy=on,addr=${DISK_SLOT}${bootFromDisk ? ",bootindex=0" : ""}`,
     ],
   },
 ];

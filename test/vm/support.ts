@@ -14,8 +14,19 @@ export async function bootedVm(
   t: TestContext,
   { load = true, ...overrides }: Partial<VmOptions> & { load?: boolean } = {},
 ): Promise<Vm> {
+  const vm = await startedVm(t, overrides);
+  const { strategy = "coiommu" } = overrides;
+  await vm.qemu.agent.hello(90_000);
+  if (load) await loadDrivers(vm.qemu.agent, overrides.guest ?? (await guestOf(t)), strategy);
+  return vm;
+}
+
+const guestOf = (t: TestContext) => ensureGuest((text) => t.diagnostic(text));
+
+/** Power it on, no more. */
+export async function startedVm(t: TestContext, overrides: Partial<VmOptions> = {}): Promise<Vm> {
   const options: VmOptions = {
-    guest: await ensureGuest((text) => t.diagnostic(text)),
+    guest: await guestOf(t),
     memoryMiB: 512,
     cpus: 2,
     accel: "auto",
@@ -32,8 +43,6 @@ export async function bootedVm(
   const vm = await Vm.start(options);
   t.after(() => vm.close());
   await vm.resume();
-  await vm.qemu.agent.hello(90_000);
-  if (load) await loadDrivers(vm.qemu.agent, options.guest, options.strategy);
   return vm;
 }
 

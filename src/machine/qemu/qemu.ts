@@ -23,8 +23,9 @@ export interface QemuDevice {
 }
 
 export interface QemuOptions {
-  kernel: string;
-  initrd: string;
+  /** Left out: firmware boots from a device. */
+  kernel?: string;
+  initrd?: string;
   memoryMiB: number;
   cpus: number;
   accel: "auto" | Accel;
@@ -119,7 +120,8 @@ export function qemuArguments(options: QemuOptions, accel: Accel): string[] {
     ...["-chardev", `socket,id=qmp,fd=${FD.qmp}`, "-mon", "chardev=qmp,mode=control"],
     ...["-chardev", console, "-serial", "chardev:console"],
     ...["-chardev", `socket,id=agent,fd=${FD.agent}`, "-serial", "chardev:agent"],
-    ...["-kernel", options.kernel, "-initrd", options.initrd, "-append", append],
+    ...(options.kernel === undefined ? [] : ["-kernel", options.kernel, "-append", append]),
+    ...(options.initrd === undefined ? [] : ["-initrd", options.initrd]),
     ...devices,
   ];
 }
