@@ -121,6 +121,7 @@ const LABELS: Readonly<Record<keyof WorldStatistics, string>> = {
   moves: "moves of a device between the table and a domain",
   mapRequests: "MAP requests",
   unmapRequests: "UNMAP requests",
+  allPinned: "times that all was pinned for want of a driver",
 };
 
 function summary(result: SimResult): string {

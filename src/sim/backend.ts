@@ -3,7 +3,7 @@ import type { Gfn, Nanoseconds } from "../base/units.ts";
 import type { GuestMemory } from "../memory/guest-memory.ts";
 import type { UnpinPolicy } from "../policy/policy.ts";
 import type { DirtySlice } from "../tracking/dirty.ts";
-import type { BeforeActivation } from "../tracking/life.ts";
+import type { AssignedBus, BeforeActivation } from "../tracking/life.ts";
 import { SoftwareIommu } from "../tracking/software-iommu.ts";
 import { Tracker, type TrackerOptions, type TrackingCounters } from "../tracking/tracker.ts";
 import type { Assigned, PciFunction } from "../virtio/device.ts";
@@ -26,6 +26,8 @@ export interface BackendOptions {
   /** When it starts; operators change it by orders. */
   readonly quota: () => number;
   readonly beforeActivation: BeforeActivation;
+  readonly activationTimeout: number;
+  readonly assignedBus: AssignedBus;
   readonly assigned: Assigned;
   readonly passInterval: Nanoseconds;
   /** Between two harvests of dirty frames; Infinity for none. */
@@ -114,11 +116,16 @@ export class Backend implements Actor {
 
   ready(): boolean {
     const asked = this.#rung || this.#o.bus.pending.length > 0 || this.#orders.length > 0;
-    return this.#job !== undefined || asked || this.#passDue || this.#harvestDue;
+    return this.#job !== undefined || asked || this.#lifeDue || this.#passDue || this.#harvestDue;
   }
 
   get wakeAt(): number {
-    return Math.min(this.#nextHarvest, this.#tracker.active ? this.#nextPass : Number.POSITIVE_INFINITY);
+    const nextPass = this.#tracker.active ? this.#nextPass : Number.POSITIVE_INFINITY;
+    return Math.min(this.#nextHarvest, this.#tracker.dueAt, nextPass);
+  }
+
+  get #lifeDue(): boolean {
+    return this.#o.turns.time >= this.#tracker.dueAt;
   }
 
   get #harvestDue(): boolean {
@@ -158,6 +165,7 @@ export class Backend implements Actor {
       };
     const order = this.#orders.shift();
     if (order) return () => order(this.#tracker);
+    if (this.#lifeDue) return () => this.#tracker.live();
     if (this.#harvestDue && (!this.#passDue || this.#o.turns.steps % 2 === 0)) return () => this.#harvest();
     return () => {
       if (!this.#inPass) {
@@ -196,6 +204,7 @@ export class Backend implements Actor {
 
   #start() {
     const { turns, quota, beforeActivation, counters, openTable, assigned } = this.#o;
+    const { activationTimeout, assignedBus } = this.#o;
     const { makeIommu = (...args) => new SoftwareIommu(...args) } = this.#o;
     const { makeTracker = (...args) => new CheckedTracker(...args) } = this.#o;
     const clock = { now: () => turns.time };
@@ -212,6 +221,8 @@ export class Backend implements Actor {
           counters,
           quota: quota(),
           beforeActivation,
+          activationTimeout,
+          bus: assignedBus,
         },
         ...(openTable && { openTable }),
       },

@@ -129,6 +129,24 @@ export class Checks {
     if (entries !== 0) throw new Violation("the IOMMU allows frames that are not in the ledger");
   }
 
+  /** Whether all RAM is pinned, as far as the host's kernel knows. */
+  allHeld(ram: readonly GuestRegion[]): boolean {
+    return this.#notHeld(ram) === undefined;
+  }
+
+  #notHeld(ram: readonly GuestRegion[]): number | undefined {
+    for (const { gpa, size } of ram)
+      for (let gfn = gpa / FRAME_SIZE; gfn < (gpa + size) / FRAME_SIZE; gfn++)
+        if (!this.#host.holds(gfn)) return gfn;
+    return undefined;
+  }
+
+  /** The host says that all RAM is pinned, for devices of which no driver tells. */
+  saidComplete(ram: readonly GuestRegion[]): void {
+    const gfn = this.#notHeld(ram);
+    if (gfn !== undefined) throw new Violation(`all RAM is said to be pinned, but frame ${gfn} is not held`);
+  }
+
   /** Everything is unmapped, and passes enough have been: nothing may be pinned any more. */
   atRest(): void {
     if (this.#host.pages.size > 0)

@@ -118,7 +118,8 @@ export class GuestCpu {
     const { places, draining, needsRestart, parts } = this.#guest;
     if (!this.#driver) {
       if (places) this.#use(places);
-      else return this.#id === 0 ? this.#boot() : undefined;
+      else if (this.#id > 0) return undefined;
+      else return parts.mayBoot() ? this.#boot() : this.#useUntracked();
     }
     if (this.#id === 0 && needsRestart) return this.#restart();
     // A hostile guest unmaps under the device's hands.
@@ -135,6 +136,25 @@ export class GuestCpu {
     if (choice < 6 && any) this.#transfer(any);
     else if (choice < 9 && any) return this.#unmap(any);
     return this.#mappings.length < MAPPINGS_MAX ? this.#map() : this.#sleep();
+  }
+
+  /** A device works before the driver is there that would tell of it. */
+  #useUntracked(): Operation {
+    const guest = this.#guest;
+    const { engines, memory, allPinned } = guest.parts;
+    const engine = engines[this.#random(engines.length)]!;
+    if (!engine.atRest) return this.#sleep();
+    const { gpa, size } = memory.regions[this.#random(memory.regions.length)]!;
+    engine.queue({
+      segments: [{ iova: (gpa + FRAME_SIZE * this.#random(size / FRAME_SIZE)) as never, length: 512 }],
+      // Later than this it breaks what a driver promises with COMPLETE: nobody tells of its writes.
+      get writes() {
+        return guest.places === undefined;
+      },
+      mayFault: () => !allPinned(),
+      done: () => {},
+    });
+    return this.#sleep();
   }
 
   #use(places: Places): void {

@@ -80,6 +80,10 @@ export interface GuestParts {
   readonly pinDirty: boolean;
   /** The driver turns PIN off and on again at times. */
   readonly restarts: boolean;
+  /** Whether the driver may be loaded by now. */
+  mayBoot(): boolean;
+  /** All RAM is pinned for as long as no driver is active. */
+  allPinned(): boolean;
 }
 
 /** What the CPUs of one guest know together. */

@@ -8,6 +8,7 @@ import { NO_FRAME } from "../memory/gated-memory.ts";
 import { GuestMemory, type GuestRegion } from "../memory/guest-memory.ts";
 import { LruPolicy } from "../policy/lru.ts";
 import { createPolicy } from "../policy/registry.ts";
+import type { BeforeActivation } from "../tracking/life.ts";
 import { createIommuBuffer, DeviceGate, isIdleIommuWord } from "../tracking/software-iommu.ts";
 import { TRACKING_COUNTERS, type Tracker } from "../tracking/tracker.ts";
 import { Backend, type BackendOptions, type BackendParts } from "./backend.ts";
@@ -34,7 +35,11 @@ export interface Settings {
   readonly interval: number;
   /** Frames; Infinity for no limit. */
   readonly quota: number;
-  readonly beforeActivation: "bios" | "none";
+  readonly beforeActivation: BeforeActivation;
+  /** Milliseconds until everything is pinned, if no driver is active by then. */
+  readonly activationTimeout: number;
+  /** Milliseconds from power-on until the driver is loaded, or when everything is pinned. */
+  readonly driverComes: number | "when all is pinned";
   /** One in so many host calls, accesses or chances, on average; 0 for never. */
   readonly pinFails: number;
   readonly releaseFails: number;
@@ -67,6 +72,7 @@ export function settingsOf(seed: number): Settings {
     interval: (1 + next(10)) / 5,
     quota: next(2) === 0 ? Number.POSITIVE_INFINITY : 8 + next(16),
     beforeActivation: next(2) === 0 ? "bios" : "none",
+    ...AT_ONCE,
     pinFails: sometimes(2, 20),
     releaseFails: sometimes(2, 10),
     kickLost: sometimes(4, 30),
@@ -80,7 +86,10 @@ export function settingsOf(seed: number): Settings {
     harvestSlice: 1 + next(8),
     remapping: "none",
   };
-  if (next(5) > 0) return withDomains(settings, random(seed ^ 0xd0a1_d0a1));
+  if (next(5) > 0) {
+    const late = { ...settings, ...lifeOf(random(seed ^ 0x571c), settings) };
+    return withDomains(late, random(seed ^ 0xd0a1_d0a1));
+  }
   // Its drivers know no second kick and no second activation, and cannot say that their table is complete.
   const impossible = {
     kickLost: 0,
@@ -97,6 +106,22 @@ function withDomains(settings: Settings, next: Random): Settings {
   // Its driver, as Linux's, does not take its domains up again on another device.
   const impossible = { backendDies: 0, driverRestarts: false } as const;
   return { ...settings, ...impossible, devices: 2, remapping: next(2) === 0 ? "strict" : "lazy" };
+}
+
+const AT_ONCE = { activationTimeout: Number.POSITIVE_INFINITY, driverComes: 0 } as const;
+
+/** What half of the machines have instead of a driver that is there at once. */
+function lifeOf(next: Random, { quota, backendDies }: Settings): Partial<Settings> {
+  if (next(2) > 0) return AT_ONCE;
+  // A driver waits for seconds for the answer of one that is dead, and every harvest meanwhile would look at all RAM.
+  const backend = backendDies > 0 ? { harvestInterval: Number.POSITIVE_INFINITY } : {};
+  const activationTimeout = (1 + next(10)) / 5;
+  const before = next(4) === 0 ? ({ beforeActivation: "all" } as const) : {};
+  if (quota < Number.POSITIVE_INFINITY || next(3) === 0)
+    return { activationTimeout, driverComes: next(20) / 5, ...backend, ...before };
+  // Mostly with a host that pins all, so that it can be told when it must have.
+  const host = next(3) > 0 ? { pinFails: 0 } : {};
+  return { activationTimeout, driverComes: "when all is pinned", ...backend, ...host, ...before };
 }
 
 /** Parts that a broken twin replaces. */
@@ -125,6 +150,8 @@ export interface WorldStatistics {
   readonly moves: number;
   readonly mapRequests: number;
   readonly unmapRequests: number;
+  /** How often all RAM got pinned, because no driver was there. */
+  readonly allPinned: number;
 }
 
 /** RAM in two pieces: one reaches into firmware's window below 1 MiB, one across the end of a leaf of the table. */
@@ -140,6 +167,8 @@ export const ENDPOINT = 0x20 as Bdf;
 const OTHER_ENDPOINT = 0x28 as Bdf;
 /** The time that a step takes, in ns. */
 const STEP_TIME = 2000;
+/** How long the backend may take to pin all RAM, in ns: nothing stands in its way but schedules that hold it back. */
+const ALL_PINNED_WITHIN = 100e6;
 /** Turns without a step: looks of those who wait, and passes that find nothing to try. */
 const IDLE_TURNS_MAX = 10_000;
 /** Steps that a world may take to come to rest. */
@@ -184,6 +213,9 @@ export class World {
   #backendDeaths = 0;
   #machineResets = 0;
   #operatorOrders = 0;
+  #bootsFrom = 0;
+  #wasComplete = false;
+  #allPinned = 0;
 
   /** After `stepsMax` steps the guest unmaps what it has, the host stops failing, and all comes to rest. */
   constructor(seed: number, stepsMax: number, settings = settingsOf(seed), twin: Twin = {}) {
@@ -239,6 +271,8 @@ export class World {
         hostile: settings.hostile,
         pinDirty: settings.pinDirty,
         restarts: settings.driverRestarts,
+        mayBoot: () => this.#mayBoot(),
+        allPinned: () => this.#isComplete() && this.checks.allHeld(this.#memory.regions),
       },
     });
     this.#cpus = Array.from({ length: settings.cpus }, (_, id) => {
@@ -250,7 +284,8 @@ export class World {
     this.turns.actors.push(...this.#engines.map((e) => e.process));
     if (settings.hostile)
       this.turns.actors.push(new Saboteur(this.#guest, regions, turns, random(seed ^ 0x1ee7)).process);
-    if (settings.beforeActivation === "bios") this.#runFirmware();
+    this.#powerOn();
+    if (settings.beforeActivation !== "none") this.#runFirmware();
   }
 
   /** Play until everything is at rest. Throws Violation for what a checker found. */
@@ -284,6 +319,7 @@ export class World {
       moves: this.#guest.parts.remapped?.moves ?? 0,
       mapRequests: sum("mapRequests"),
       unmapRequests: sum("unmapRequests"),
+      allPinned: this.#allPinned,
     };
   }
 
@@ -315,6 +351,11 @@ export class World {
       policy: () => new LruPolicy(),
       quota: () => this.#quota,
       beforeActivation: settings.beforeActivation,
+      activationTimeout: milliseconds(settings.activationTimeout),
+      assignedBus: {
+        mastering: () => settings.activationTimeout < Number.POSITIVE_INFINITY,
+        quiet: () => false,
+      },
       assigned: new Map(
         settings.remapping === "none"
           ? [[ENDPOINT, 0]]
@@ -367,10 +408,35 @@ export class World {
         get writes() {
           return guest.places === undefined;
         },
-        mayFault: true,
+        mayFault: () => !guest.parts.allPinned(),
         done: () => {},
       });
     }
+  }
+
+  #powerOn(): void {
+    const { driverComes } = this.settings;
+    this.#bootsFrom =
+      this.turns.time + (driverComes === "when all is pinned" ? 0 : milliseconds(driverComes));
+  }
+
+  #mayBoot(): boolean {
+    const { draining, needsRestart, parts } = this.#guest;
+    const { driverComes, activationTimeout, hostile, pinFails, operator } = this.settings;
+    // A backend that starts in place of one that died leaves the guest as it is.
+    if (draining || needsRestart) return true;
+    if (driverComes !== "when all is pinned") return this.turns.time >= this.#bootsFrom;
+    const patience = milliseconds(activationTimeout) + ALL_PINNED_WITHIN;
+    const hindered = hostile || pinFails > 0 || operator > 0;
+    if (!parts.allPinned() && !hindered && this.turns.time > this.#bootsFrom + patience)
+      throw new Violation("no driver was there in time, and not all RAM is pinned");
+    return parts.allPinned();
+  }
+
+  /** What the host says of it. */
+  #isComplete(): boolean {
+    const { backgroundFrames, backgroundPinned } = this.#counters;
+    return backgroundFrames > 0 && backgroundPinned === backgroundFrames;
   }
 
   #beforeStep(): void {
@@ -388,6 +454,10 @@ export class World {
     this.checks.accounts(tracker.frames(), tracker.pinned, this.#memory.regions, (gfn) =>
       this.#gate.allows(gfn as Gfn),
     );
+    const complete = this.#isComplete();
+    if (complete) this.checks.saidComplete(this.#memory.regions);
+    if (complete && !this.#wasComplete) this.#allPinned++;
+    this.#wasComplete = complete;
     if (this.#guest.draining) return;
     const { machineResets, operator } = this.settings;
     if (machineResets > 0 && this.#random(machineResets) === 0) this.#resetMachine();
@@ -435,6 +505,7 @@ export class World {
     for (const { bytes } of this.#memory.regions) bytes.fill(0);
     this.checks.forgetMappings();
     this.#backend.resetMachine();
+    this.#powerOn();
   }
 
   #finished(): boolean {

@@ -10,6 +10,7 @@ import { FakeHost, HOST_BASE } from "../../src/sim/fake-host.ts";
 import type { Twin } from "../../src/sim/world.ts";
 import { DmaTrackingTable, NO_UNIT, type Unit } from "../../src/tracking/dtt.ts";
 import { SoftwareIommu } from "../../src/tracking/software-iommu.ts";
+import type { TrackingCounters } from "../../src/tracking/tracker.ts";
 import { TU_COUNT, TU_DIRTY, TU_PINNED, TU_WRITABLE } from "../../src/wire/dtt.ts";
 
 /** Each is a protocol broken in one place, and what a checker says of it. */
@@ -237,6 +238,29 @@ class ForgetfulTracker extends CheckedTracker {
   }
 }
 
+/** Waits for a driver for ever. */
+class PatientTracker extends CheckedTracker {
+  override get dueAt(): number {
+    return Number.POSITIVE_INFINITY;
+  }
+}
+
+/** Says that everything is pinned as soon as it begins. */
+class HastyTracker extends CheckedTracker {
+  readonly told: TrackingCounters;
+  constructor(...args: ConstructorParameters<typeof CheckedTracker>) {
+    super(...args);
+    this.told = args[0].counters;
+  }
+  override live(): void {
+    try {
+      super.live();
+    } finally {
+      this.told.backgroundPinned = this.told.backgroundFrames;
+    }
+  }
+}
+
 /** Sets D when it has counted down already. */
 class LateDirtyUnits extends TornUnits {
   override put(gfn: number, nr: number, written?: boolean): number {
@@ -317,6 +341,14 @@ export const twins: Readonly<Record<string, BrokenTwin>> = {
   "a driver that uses addresses again before UNMAP": {
     twin: { remappedDma: (options) => new HastyDma(options) },
     found: /is free, and a device reaches it/,
+  },
+  "a guest without a driver that is not pinned": {
+    twin: { backend: { makeTracker: (...args) => new PatientTracker(...args) } },
+    found: /no driver was there in time/,
+  },
+  "a guest that is said to be pinned before it is": {
+    twin: { backend: { makeTracker: (...args) => new HastyTracker(...args) } },
+    found: /all RAM is said to be pinned/,
   },
   "a device that answers no request": {
     twin: { backend: { kickLost: () => true } },
