@@ -119,9 +119,9 @@ function lifeOf(next: Random, { quota, backendDies }: Settings): Partial<Setting
   const before = next(4) === 0 ? ({ beforeActivation: "all" } as const) : {};
   if (quota < Number.POSITIVE_INFINITY || next(3) === 0)
     return { activationTimeout, driverComes: next(20) / 5, ...backend, ...before };
-  // Mostly with a host that pins all, so that it can be told when it must have.
-  const host = next(3) > 0 ? { pinFails: 0 } : {};
-  return { activationTimeout, driverComes: "when all is pinned", ...backend, ...host, ...before };
+  // Mostly with a host in which nothing fails, so that it can be told when it must have pinned all.
+  const host = next(3) > 0 ? { pinFails: 0, backendDies: 0 } : backend;
+  return { activationTimeout, driverComes: "when all is pinned", ...host, ...before };
 }
 
 /** Parts that a broken twin replaces. */
