@@ -10,15 +10,16 @@ export function backgroundOf(pins: TrackingCounters) {
   return frames === 0 ? null : { pinned, frames, stopped: stopped === 0 ? null : STOPPED_BY[stopped]! };
 }
 
-const mib = (frames: number): number => Math.floor((frames * FRAME_SIZE) / 2 ** 20);
-
 /** The same for a person; undefined when there is nothing to tell. */
 export function backgroundText(pins: TrackingCounters): string | undefined {
   const background = backgroundOf(pins);
   if (!background) return undefined;
   const { pinned, frames, stopped } = background;
-  if (pinned === frames) return `all ${mib(frames)} MiB of the guest's memory are pinned`;
-  return `pinning all of the guest's memory: ${mib(pinned)} of ${mib(frames)} MiB${stopped === null ? "" : `, stopped by the ${stopped}`}`;
+  const size = `${Math.floor((frames * FRAME_SIZE) / 2 ** 20)} MiB`;
+  if (pinned === frames) return `all ${size} of the guest's memory are pinned`;
+  // Few steps, each of which is a line where there is no terminal.
+  const percent = 10 * Math.floor((10 * pinned) / frames);
+  return `pinning all of the guest's memory: ${percent} % of ${size}${stopped === null ? "" : `, stopped by the ${stopped}`}`;
 }
 
 /** Ask until what is to be pinned before the guest starts is. */
