@@ -11,8 +11,10 @@ import type { Qmp } from "../machine/qemu/qmp.ts";
 import { connectQmp } from "../machine/qemu/qmp-socket.ts";
 import { createPolicy } from "../policy/registry.ts";
 import type { TrackingCounters } from "../tracking/tracker.ts";
+import { Balloon } from "./balloon.ts";
 import type { Started } from "./host-side.ts";
 import type { MachineEnd, MachineOptions } from "./machine.ts";
+import { Operator } from "./operator.ts";
 import { type DiskPart, Parts } from "./parts.ts";
 import { type AttachResult, describeHost } from "./result.ts";
 import { dmaOf, kernelOf, pinsOf } from "./run.ts";
@@ -92,6 +94,8 @@ export class Attachment {
       this.#iommuGone.promise.then(() => "detached" as const),
       qmp.closed.then(() => "qemu-ended" as const),
     ]);
+    // QEMU's balloon is for others to fill; what is in it must not stay pinned.
+    new Balloon(qmp, new Operator(this.#parts.backendWorker, { ...options, strategy: STRATEGY }));
     qmp.onEvent(({ event, data }) => {
       if (event === "DEVICE_DELETED" && typeof data.device === "string") void this.#unplugged(data.device);
     });

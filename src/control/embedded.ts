@@ -45,6 +45,7 @@ export class EmbeddedMachine implements Machine {
   readonly drivers: readonly DriverCounters[] | null;
   readonly operator: Operator;
   readonly dirty: DirtyFrames;
+  readonly balloon = null;
   readonly ram: GuestRam;
   readonly failed: Promise<never>;
   readonly #threads: Threads;

@@ -26,6 +26,7 @@ export async function loadDrivers(agent: GuestAgent, guest: Guest, strategy: Str
 ${driven ? `modprobe ${guest.moduleName}${parameters}` : ""}
 modprobe virtio_pci
 modprobe virtio_blk
+modprobe virtio_balloon
 i=0; while [ ! -b /dev/vda ]; do i=$((i+1)); [ $i -lt 200 ] || { dmesg | tail -20; exit 1; }; usleep 50000; done
 ${driven ? `[ -e ${DEBUGFS}/counters ] || { dmesg | tail -20; exit 1; }` : ""}`;
   await demand(agent, script, "loading the drivers");

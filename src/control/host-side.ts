@@ -17,6 +17,7 @@ import {
   type TrackerOptions,
   type TrackingCounters,
 } from "../tracking/tracker.ts";
+import type { IdleRange, IdleSlice } from "../tracking/unpin-passes.ts";
 import { VirtioIommu } from "../virtio/iommu.ts";
 import { VirtioPciFunction } from "../virtio/pci.ts";
 import type { DirtyCommands } from "./dirty.ts";
@@ -70,13 +71,6 @@ export interface Stopped {
   readonly peerErrors: number;
 }
 
-/** Argument of "unpinIdle": frames in [first, end), and where to go on. */
-export interface UnpinIdle {
-  readonly first: number;
-  readonly end: number;
-  readonly from: number;
-}
-
 /** How long the kernel may take to let go of pins: io_uring releases up to 1 s late on Linux 6.1. */
 const RELEASE_LIMIT_MS = 3000;
 
@@ -101,7 +95,7 @@ export class HostSide {
       this.#device.quotaChanged();
     },
     park: (parked: boolean) => this.#tracker.parkByOperator(parked),
-    unpinIdle: (what: UnpinIdle) => this.#unpinIdle(what),
+    unpinIdle: (range: IdleRange) => this.#unpinIdle(range),
   };
   readonly #data: HostSideData;
   readonly #warn: (text: string) => void;
@@ -237,11 +231,12 @@ export class HostSide {
   }
 
   /** Once begun it goes on, so that what has gone is told; what may not go any more has stayed. */
-  #unpinIdle({ first, end, from }: UnpinIdle): ReturnType<Tracker["unpinIdle"]> {
+  #unpinIdle(range: IdleRange): IdleSlice {
+    const { from } = range;
     if (from === 0 && !this.#tracker.active)
       throw new UserError("no driver of the guest is active: its devices may use all that is pinned", 1);
     if (from === 0 && this.#tracker.parked) throw new UserError("unpinning is parked", 1);
-    return this.#tracker.unpinIdle(first, end, from);
+    return this.#tracker.unpinIdle(range);
   }
 
   /** Throws UserError when what should be pinned by now cannot be. */

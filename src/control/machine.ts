@@ -5,6 +5,7 @@ import type { DeviceCounters } from "../device/counters.ts";
 import type { DriverCounters } from "../driver/counters.ts";
 import type { BeforeActivation } from "../tracking/life.ts";
 import type { TrackingCounters } from "../tracking/tracker.ts";
+import type { Balloon } from "./balloon.ts";
 import type { DirtyFrames } from "./dirty.ts";
 import type { PinnerName, Started, Stopped } from "./host-side.ts";
 import type { Operator } from "./operator.ts";
@@ -80,6 +81,8 @@ export interface Machine {
   readonly drivers: readonly DriverCounters[] | null;
   readonly operator: Operator;
   readonly dirty: DirtyFrames;
+  /** Null where there is none. */
+  readonly balloon: Balloon | null;
   /** Rejects when a part fails that should run until close(). */
   readonly failed: Promise<never>;
   /** Resolves when the guest executes. */

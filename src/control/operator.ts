@@ -1,12 +1,23 @@
 import { UserError } from "../base/errors.ts";
+import { rangesOf } from "../base/ranges.ts";
 import type { WorkerHost } from "../machine/commands.ts";
 import type { UnpinPolicy } from "../policy/policy.ts";
 import { createPolicy } from "../policy/registry.ts";
-import type { Tracker } from "../tracking/tracker.ts";
-import type { UnpinIdle } from "./host-side.ts";
+import type { IdleRange, IdleSlice } from "../tracking/unpin-passes.ts";
 import type { Strategy } from "./strategy.ts";
 
 export type PolicyInEffect = Pick<UnpinPolicy, "name" | "parameters">;
+
+/** Frames that stayed are named up to this many; who needs to know more asks for smaller ranges. */
+export const LISTED_MAX = 65_536;
+
+export interface Unpinned {
+  readonly unpinned: number;
+  /** How many frames of the range are pinned still. */
+  readonly stayed: number;
+  /** Which, in ascending order; null when they are too many. */
+  readonly stayedRanges: { readonly firstFrame: number; readonly frames: number }[] | null;
+}
 
 /**
  * What a person may change while a guest is live. The backend does it between requests, never longer than a slice. All
@@ -44,17 +55,19 @@ export class Operator {
     return this.#request("park", parked);
   }
 
-  /** Unpin what is idle of [first, end). Ends early when `signal` says that nobody waits for it any more. */
-  async unpinIdle(first: number, end: number, signal: AbortSignal) {
+  /** Unpin what is idle of a range. Ends early when `signal` says that nobody waits for it any more. */
+  async unpinIdle(range: Omit<IdleRange, "from">, signal?: AbortSignal): Promise<Unpinned> {
     let [unpinned, stayed] = [0, 0];
-    for (let from: number | null = 0; from !== null && !signal.aborted; ) {
-      const what: UnpinIdle = { first, end, from };
-      const slice = await this.#request<ReturnType<Tracker["unpinIdle"]>>("unpinIdle", what);
+    const listed: number[] = [];
+    for (let from: number | null = 0; from !== null && !signal?.aborted; ) {
+      const what: IdleRange = { ...range, from };
+      const slice: IdleSlice = await this.#request<IdleSlice>("unpinIdle", what);
       unpinned += slice.unpinned;
-      stayed += slice.stayed;
+      stayed += slice.stayed.length;
+      if (stayed <= LISTED_MAX) for (const gfn of slice.stayed) listed.push(gfn);
       from = slice.next;
     }
-    return { unpinned, stayed };
+    return { unpinned, stayed, stayedRanges: stayed > LISTED_MAX ? null : pairsOf(rangesOf(listed)) };
   }
 
   async #request<T>(command: string, argument: unknown): Promise<T> {
@@ -63,3 +76,9 @@ export class Operator {
     return await this.#backend.request<T>(command, argument);
   }
 }
+
+const pairsOf = (ranges: Float64Array) =>
+  Array.from({ length: ranges.length / 2 }, (_, i) => ({
+    firstFrame: ranges[2 * i]!,
+    frames: ranges[2 * i + 1]!,
+  }));

@@ -4,6 +4,7 @@ import { monotonicClock } from "../host/clock.ts";
 import type { Guest } from "../machine/qemu/guest.ts";
 import { type Qemu, type QemuDevice, startQemu } from "../machine/qemu/qemu.ts";
 import type { TrackingCounters } from "../tracking/tracker.ts";
+import { Balloon } from "./balloon.ts";
 import { DirtyFrames } from "./dirty.ts";
 import { DISK_BDF, DISK_SLOT } from "./disk.ts";
 import {
@@ -54,6 +55,7 @@ export class Vm implements Machine {
   readonly drivers = null;
   readonly operator: Operator;
   readonly dirty: DirtyFrames;
+  readonly balloon: Balloon;
   readonly started: Started;
   readonly failed: Promise<never>;
   readonly #options: VmOptions;
@@ -71,6 +73,7 @@ export class Vm implements Machine {
     this.devices = [disk.counters];
     this.operator = new Operator(parts.backendWorker, options);
     this.dirty = new DirtyFrames(parts.backendWorker);
+    this.balloon = new Balloon(qemu.qmp, this.operator);
     this.failed = parts.failed.promise;
   }
 
@@ -154,6 +157,7 @@ const devicesOf = (parts: Parts, disk: DiskPart, { bootFromDisk }: VmOptions): Q
       `vhost-user-blk-pci,chardev=disk,num-queues=1,queue-size=256,iommu_platform=on,disable-legacy=on,addr=${DISK_SLOT}${bootFromDisk ? ",bootindex=0" : ""}`,
     ],
   },
+  { fds: [], arguments: () => ["-device", "virtio-balloon-pci,id=balloon"] },
 ];
 
 const stateOf = (counters: ModuleCounters): DriverState => ({

@@ -1,5 +1,6 @@
 import { HostError, invariant } from "../base/errors.ts";
 import type { Pinner } from "../tracking/pinner.ts";
+import { withoutMemory } from "./discarded.ts";
 import { BufferUpdate, closeRing, ioUringUnavailable, openRing, SLOTS_PER_RING } from "./io-uring.ts";
 import { StatusField } from "./process-status.ts";
 import { SLOTS_PER_GROUP, SlotTable } from "./slots.ts";
@@ -87,6 +88,10 @@ export class IoUringPinner implements Pinner {
       if (!(error instanceof HostError)) throw error;
     }
     return released;
+  }
+
+  discarded(addresses: Float64Array, count: number, out: Uint8Array): void {
+    withoutMemory(addresses, count, out);
   }
 
   kernelPinnedPages(): number {

@@ -79,6 +79,9 @@ export const libc = lazily({
   mmap: bind<(at: null, length: number, prot: number, flags: number, fd: number, offset: number) => bigint>(
     "void *mmap(void *, size_t, int, int, int, int64_t)",
   ),
+  mincore: bind<(at: bigint, length: number, out: Uint8Array) => number>(
+    "int mincore(void *, size_t, void *)",
+  ),
   munmap: bind<(at: bigint, length: number) => number>("int munmap(void *, size_t)"),
   /** syscall(2) in the two shapes that io_uring needs; the first argument is the call's number. */
   ioUringSetup: bind<(number: number, entries: number, params: Uint32Array) => number>(

@@ -1,5 +1,6 @@
 import { HostError } from "../base/errors.ts";
 import type { Pinner } from "../tracking/pinner.ts";
+import { withoutMemory } from "./discarded.ts";
 import { SlotTable } from "./slots.ts";
 
 /** 2^28 handles: 1 TiB page by page. */
@@ -25,6 +26,10 @@ export class SoftwarePinner implements Pinner {
   release(handles: Int32Array, count: number): number {
     for (let i = 0; i < count; i++) this.#slots.give(handles[i]!);
     return count;
+  }
+
+  discarded(addresses: Float64Array, count: number, out: Uint8Array): void {
+    withoutMemory(addresses, count, out);
   }
 
   kernelPinnedPages(): null {

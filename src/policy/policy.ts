@@ -32,6 +32,12 @@ export class GfnBuffer {
   push(gfn: Gfn): void {
     this.#gfns[this.#length++] = gfn;
   }
+  /** Drop those for which `kept`, which is given their places, says no. */
+  keep(kept: (index: number) => boolean): void {
+    let length = 0;
+    for (let i = 0; i < this.#length; i++) if (kept(i)) this.#gfns[length++] = this.#gfns[i]!;
+    this.#length = length;
+  }
   clear(): void {
     this.#length = 0;
   }

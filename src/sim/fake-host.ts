@@ -26,6 +26,8 @@ export class FakeHost implements Pinner {
   /** Frames by the handle of their pin. */
   readonly pages = new Map<number, Gfn>();
   readonly #pins = new Map<Gfn, number>();
+  readonly #holes = new Set<Gfn>();
+  readonly #stale = new Set<Gfn>();
   readonly #faults: HostFaults;
   readonly #observer: HostObserver;
   #turn: Turn;
@@ -39,6 +41,22 @@ export class FakeHost implements Pinner {
 
   holds(gfn: number): boolean {
     return (this.#pins.get(gfn as Gfn) ?? 0) > 0;
+  }
+
+  /** The memory of a frame is discarded; a pin keeps the page that was there. */
+  discard(gfn: Gfn): void {
+    this.#holes.add(gfn);
+    if (this.holds(gfn)) this.#stale.add(gfn);
+  }
+
+  /** The guest uses a frame: it gets memory, if it has none. */
+  touch(gfn: Gfn): void {
+    this.#holes.delete(gfn);
+  }
+
+  /** What is pinned is not the page that the guest sees. */
+  isStale(gfn: number): boolean {
+    return this.#stale.has(gfn as Gfn);
   }
 
   pin(addresses: Float64Array, count: number, handles: Int32Array): void {
@@ -67,6 +85,13 @@ export class FakeHost implements Pinner {
     return count;
   }
 
+  discarded(addresses: Float64Array, count: number, out: Uint8Array): void {
+    for (let i = 0; i < count; i++) {
+      const gfn = ((addresses[i]! - HOST_BASE) / FRAME_SIZE) as Gfn;
+      out[i] = step(this.#turn, "look", () => Number(this.#holes.has(gfn)), frameAsPlace(gfn));
+    }
+  }
+
   kernelPinnedPages(): number {
     return this.pages.size;
   }
@@ -77,6 +102,7 @@ export class FakeHost implements Pinner {
     const gfn = ((address - HOST_BASE) / FRAME_SIZE) as Gfn;
     this.pages.set(this.#next, gfn);
     this.#pins.set(gfn, (this.#pins.get(gfn) ?? 0) + 1);
+    this.#holes.delete(gfn);
     this.#observer.pinned(gfn);
     return this.#next++;
   }
@@ -85,6 +111,8 @@ export class FakeHost implements Pinner {
     const gfn = this.pages.get(handle)!;
     this.pages.delete(handle);
     this.#pins.set(gfn, this.#pins.get(gfn)! - 1);
-    if (!this.holds(gfn)) this.#observer.released(gfn);
+    if (this.holds(gfn)) return;
+    this.#stale.delete(gfn);
+    this.#observer.released(gfn);
   }
 }

@@ -476,7 +476,7 @@ export class World {
         tracker.setQuota(quota);
       },
       (tracker) => tracker.parkByOperator(parked),
-      (tracker) => tracker.unpinIdle(0, Number.POSITIVE_INFINITY, 0),
+      (tracker) => tracker.unpinIdle({ first: 0, end: Number.POSITIVE_INFINITY, from: 0 }),
     ];
     this.#backend.order(orders[this.#random(orders.length)]!);
   }

@@ -1,4 +1,5 @@
 import { FrameIndex } from "../base/frame-index.ts";
+import { rangesOf } from "../base/ranges.ts";
 import { FRAME_SIZE, type Gfn, gpaOf } from "../base/units.ts";
 import type { GuestMemory } from "../memory/guest-memory.ts";
 
@@ -81,14 +82,4 @@ export class DirtyTracking {
   memoryChanged(memory: GuestMemory): void {
     for (const gfn of this.#left) if (!memory.find(gpaOf(gfn), FRAME_SIZE)) this.#left.remove(gfn);
   }
-}
-
-function rangesOf(gfns: readonly number[]): Float64Array {
-  const ranges: number[] = [];
-  for (const gfn of Float64Array.from(gfns).sort()) {
-    const last = ranges.length - 2;
-    if (last >= 0 && gfn <= ranges[last]! + ranges[last + 1]!) ranges[last + 1] = gfn - ranges[last]! + 1;
-    else ranges.push(gfn, 1);
-  }
-  return Float64Array.from(ranges);
 }

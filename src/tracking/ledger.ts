@@ -8,6 +8,9 @@ export const NO_TABLE = 0;
 /** Generation of frames that were pinned for a domain, and that no table has claimed since: they go with their needs. */
 export const ONLY_DOMAINS = 0xffff_ffff;
 
+/** Frames of a range that are looked up one by one: a balloon asks for one frame, or for a few, again and again. */
+const SMALL_RANGE = 4096;
+
 /**
  * The host's truth about what is pinned for one guest: frame -> handle of the pin, the activation ("generation") whose
  * table last claimed it, and how many mappings of domains need it. Structure of arrays, O(1) per operation, nothing per guest frame.
@@ -74,8 +77,18 @@ export class Ledger {
     return gfn < 0 ? undefined : gfn;
   }
 
-  /** Frames of [first, end) in `slots` slots from `from` on. Returns the slot to go on with, or null. */
+  /**
+   * Frames of [first, end) that a slice of a walk finds, at most `slots`: frame by frame in a small range, in ascending
+   * order, else slot by slot. `from` is 0, then what was returned; null at the end.
+   */
   collect(first: number, end: number, from: number, slots: number, out: GfnBuffer): number | null {
+    if (end - first <= SMALL_RANGE) {
+      for (let gfn = first + from; gfn < end; gfn++) {
+        if (this.has(gfn as Gfn)) out.push(gfn as Gfn);
+        if (out.length === slots) return gfn + 1 < end ? gfn + 1 - first : null;
+      }
+      return null;
+    }
     const to = Math.min(from + slots, this.slots);
     for (let slot = from; slot < to; slot++) {
       const gfn = this.at(slot);

@@ -18,6 +18,13 @@ export interface Pinner {
    */
   release(handles: Int32Array, count: number): number;
 
+  /**
+   * Which of the first `count` addresses of pinned pages have lost their memory since: somebody discarded it, and the
+   * pin keeps a page that nobody sees any more (1), or not (0). Memory that has come back there is not noticed. Throws
+   * HostError.
+   */
+  discarded(addresses: Float64Array, count: number, out: Uint8Array): void;
+
   /** What the kernel says this process has pinned (pages), and where it says so; null without a kernel pin. */
   kernelPinnedPages(): number | null;
   readonly kernelSource: "VmPin" | "VmLck" | "none";

@@ -25,6 +25,7 @@ export class Pins {
   #told = Number.POSITIVE_INFINITY;
   #addresses = new Float64Array(256);
   #handles = new Int32Array(256);
+  #lost = new Uint8Array(256);
   /** Pins that had to go while the host refused to let go of them: of no frame any more, tried again later. */
   #orphans: number[] = [];
 
@@ -127,6 +128,16 @@ export class Pins {
       this.#policy.tried(gfn, i < released ? "claimed" : "refused", now);
     }
     return released;
+  }
+
+  /** Keep of `gfns`, which are pinned, those whose memory the host has lost meanwhile. Throws HostError. */
+  keepDiscarded(gfns: GfnBuffer): void {
+    const count = gfns.length;
+    this.#addresses = grown(this.#addresses, count);
+    this.#lost = grown(this.#lost, count);
+    for (let i = 0; i < count; i++) this.#addresses[i] = this.#memory.hostAddress(gpaOf(gfns.at(i)));
+    this.#pinner.discarded(this.#addresses, count, this.#lost);
+    gfns.keep((i) => this.#lost[i] === 1);
   }
 
   /** A domain maps these frames, which are pinned. */

@@ -1,7 +1,9 @@
 /** What an operator may change while the guest is live: policy, quota, parking, and unpinning now. */
 import assert from "node:assert/strict";
 import test from "node:test";
+import { addressOf } from "../../test/support/guest.ts";
 import { active, idle, type Machine, machine } from "../../test/support/machine.ts";
+import { HostError } from "../base/errors.ts";
 import type { Gfn, Nanoseconds } from "../base/units.ts";
 import { LruPolicy } from "../policy/lru.ts";
 import { createPolicy } from "../policy/registry.ts";
@@ -33,9 +35,9 @@ const checkKnown = (m: Machine, policy: Listener): void =>
 function unpinNow(m: Machine, first = 0, end = INFINITY, between = () => {}) {
   const done = { unpinned: 0, stayed: 0, slices: 0 };
   for (let from: number | null = 0; from !== null; ) {
-    const slice: ReturnType<typeof m.tracker.unpinIdle> = m.tracker.unpinIdle(first, end, from);
+    const slice: ReturnType<typeof m.tracker.unpinIdle> = m.tracker.unpinIdle({ first, end, from });
     done.unpinned += slice.unpinned;
-    done.stayed += slice.stayed;
+    done.stayed += slice.stayed.length;
     done.slices++;
     from = slice.next;
     if (from !== null) between();
@@ -164,6 +166,73 @@ test("unpin now of a range leaves the rest alone", () => {
   assert.deepEqual(unpinNow(m, 3, 6), { unpinned: 3, stayed: 0, slices: 1 });
   assert.deepEqual(m.held(2, 3, 5, 6), [true, false, false, true]);
   assert.equal(m.table.word(2), P + A, "not even aged");
+});
+
+for (const [what, first, end, found] of [
+  ["empty", 5, 5, []],
+  ["that ends before it begins", 9, 3, []],
+  ["beyond all memory", 2 ** 40, 2 ** 41, []],
+  ["from far below to far above", -(2 ** 41), 2 ** 41, [5, 1023, 1024, 2047]],
+  ["of all numbers", -INFINITY, INFINITY, [5, 1023, 1024, 2047]],
+  ["small, across two leaves", 1000, 1030, [1023, 1024]],
+  ["small, over the end of memory", 2040, 5000, [2047]],
+] as const)
+  test(`unpin now of a range ${what}`, () => {
+    const m = active();
+    idle(m, 5, 1023, 1024, 2047);
+    assert.equal(unpinNow(m, first, end).unpinned, found.length);
+    for (const gfn of [5, 1023, 1024, 2047])
+      assert.deepEqual(m.held(gfn), [!(found as readonly number[]).includes(gfn)]);
+  });
+
+test("unpin now says which frames stayed: mapped, needed by a domain, and not claimed by the table in use", () => {
+  const m = machine();
+  m.tracker.hold({ first: 0, last: 0, gfn: 30 as Gfn, flags: 3 });
+  m.activate(false);
+  idle(m, ...frames(10, 10));
+  m.map(12, 17);
+  const { unpinned, stayed, next } = m.tracker.unpinIdle({ first: 0, end: INFINITY, from: 0 });
+  assert.deepEqual([unpinned, [...stayed].sort(), next], [8, [12, 17, 30], null]);
+  assert.deepEqual(m.tracker.unpinIdle({ first: 11, end: 13, from: 0 }).stayed, [12]);
+});
+
+test("a small range is looked up frame by frame, in slices, whatever is pinned elsewhere", () => {
+  const m = active();
+  idle(m, ...frames(0, 1500));
+  m.map(700);
+  assert.deepEqual(unpinNow(m, 100, 1000), { unpinned: 899, stayed: 1, slices: 4 });
+  assert.deepEqual(m.held(99, 100, 700, 999, 1000), [true, false, true, false, true]);
+});
+
+test("what was discarded is unpinned, unless it is mapped, and asked for again", () => {
+  const m = active();
+  idle(m, ...frames(0, 600));
+  m.map(7);
+  for (const gfn of [3, 7, 599, 1000]) m.pinner.holes.add(addressOf(gfn));
+  const stayed: number[] = [];
+  let unpinned = 0;
+  for (let from: number | null = 0; from !== null; ) {
+    const range = { first: 0, end: INFINITY, from, discarded: true };
+    const slice: ReturnType<typeof m.tracker.unpinIdle> = m.tracker.unpinIdle(range);
+    unpinned += slice.unpinned;
+    stayed.push(...slice.stayed);
+    from = slice.next;
+  }
+  assert.deepEqual([unpinned, stayed], [2, [7]]);
+  assert.deepEqual(m.held(2, 3, 4, 7, 599), [true, false, true, true, false]);
+  assert.equal(m.table.word(2), P + A, "the others are not even aged");
+  m.pinner.holes.delete(addressOf(3));
+  assert.deepEqual([m.map(3), m.held(3)], [OK, [true]]);
+});
+
+test("when it cannot be found out what was discarded, the caller hears so and nothing is changed", () => {
+  const m = active();
+  idle(m, 1);
+  m.pinner.discarded = () => {
+    throw new HostError("mincore", "EAGAIN");
+  };
+  assert.throws(() => m.tracker.unpinIdle({ first: 0, end: 9, from: 0, discarded: true }), HostError);
+  assert.deepEqual([m.held(1), m.table.word(1)], [[true], P + A]);
 });
 
 test("unpin now goes on in slices, and requests are served between them", () => {

@@ -159,7 +159,7 @@ test("PIN on without COMPLETE: everything stays pinned, because the table does n
   assert.equal(m.tracker.life, "static");
   idle(m, 5);
   for (let i = 0; i < 3; i++) m.pass();
-  assert.equal(m.tracker.unpinIdle(0, RAM_FRAMES, 0).unpinned, 0);
+  assert.equal(m.tracker.unpinIdle({ first: 0, end: RAM_FRAMES, from: 0 }).unpinned, 0);
   assert.deepEqual([m.held(5), m.tracker.pinned], [[true], RAM_FRAMES]);
   m.activate(true);
   for (let i = 0; i < 3; i++) m.pass();

@@ -32,7 +32,7 @@ import { Remapping } from "./remapping.ts";
 import type { SoftwareIommu } from "./software-iommu.ts";
 import { StaticPins } from "./static-pins.ts";
 import { TableInUse } from "./table-in-use.ts";
-import { UnpinPasses } from "./unpin-passes.ts";
+import { type IdleRange, type IdleSlice, UnpinPasses } from "./unpin-passes.ts";
 
 export { TRACKING_COUNTERS, type TrackingCounters } from "./counters.ts";
 
@@ -271,12 +271,12 @@ export class Tracker {
   }
 
   /**
-   * One slice of an unpin of what is idle in [first, end), lately accessed or not: how many frames went, and how many
-   * stayed. `from` is 0, then the `next` of the slice before; null when there is no more.
+   * Force-unpin, abi.md section 4: one slice of an unpin of what is idle in a range, lately accessed or not. Throws
+   * HostError when it cannot be found out what was discarded.
    */
-  unpinIdle(first: number, end: number, from: number) {
-    if (from === 0) this.#beforePass();
-    const outcome = this.#passes.idle(first, end, from);
+  unpinIdle(range: IdleRange): IdleSlice {
+    if (range.from === 0) this.#beforePass();
+    const outcome = this.#passes.idle(range);
     this.#changed();
     return outcome;
   }

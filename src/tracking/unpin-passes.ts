@@ -1,5 +1,5 @@
 import type { Clock } from "../base/clock.ts";
-import type { Nanoseconds } from "../base/units.ts";
+import type { Gfn, Nanoseconds } from "../base/units.ts";
 import { GfnBuffer } from "../policy/policy.ts";
 import type { TrackingCounters } from "./counters.ts";
 import type { DirtyTracking } from "./dirty.ts";
@@ -8,6 +8,24 @@ import type { TableInUse } from "./table-in-use.ts";
 
 /** Frames in one slice of an unpin pass: what a PIN request may have to wait for. */
 const SLICE_FRAMES = 256;
+
+/** What Tracker.unpinIdle() is to unpin. */
+export interface IdleRange {
+  /** Frames in [first, end). */
+  readonly first: number;
+  readonly end: number;
+  /** 0, then the `next` of the slice before. */
+  readonly from: number;
+  /** Only frames whose memory the host has lost since they were pinned. */
+  readonly discarded?: boolean;
+}
+export interface IdleSlice {
+  readonly unpinned: number;
+  /** Frames that are mapped, or that the host or a device did not let go of. */
+  readonly stayed: readonly Gfn[];
+  /** Null when there is no more. */
+  readonly next: number | null;
+}
 
 interface UnpinPassesOptions {
   readonly pins: Pins;
@@ -73,13 +91,16 @@ export class UnpinPasses {
     }
   }
 
-  /** One slice of Tracker.unpinIdle(). */
-  idle(first: number, end: number, from: number) {
+  /** One slice of Tracker.unpinIdle(). Throws HostError. */
+  idle({ first, end, from, discarded }: IdleRange): IdleSlice {
     const { pins, clock, parked } = this.#o;
     this.#candidates.clear();
     const next = pins.ledger.collect(first, end, from, SLICE_FRAMES, this.#candidates);
+    if (discarded) pins.keepDiscarded(this.#candidates);
     const unpinned = parked() ? 0 : this.#unpinCandidates(clock.now(), true);
-    return { unpinned, stayed: this.#candidates.length - unpinned, next };
+    this.#candidates.keep((i) => pins.ledger.has(this.#candidates.at(i)));
+    const stayed = Array.from({ length: this.#candidates.length }, (_, i) => this.#candidates.at(i));
+    return { unpinned, stayed, next };
   }
 
   #slice(now: Nanoseconds): boolean {

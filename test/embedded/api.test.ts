@@ -175,6 +175,8 @@ test("every request that is wrong is told so, with the field", async (t) => {
     ["POST", "/v1/unpin", { firstFrame: -1 }, 400, "invalid", "firstFrame"],
     ["GET", "/v1/dirty/harvest", undefined, 405, "method_not_allowed", null],
     ["POST", "/v1/dirty/harvest", undefined, 409, "refused", null],
+    ["PUT", "/v1/balloon", { memoryMiB: 0 }, 400, "invalid", "memoryMiB"],
+    ["PUT", "/v1/balloon", { memoryMiB: 256 }, 409, "refused", null],
   ] as const) {
     const answer = await send(method, route, body);
     const error = errorOf(answer);

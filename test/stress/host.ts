@@ -48,6 +48,7 @@ const pinner: Pinner = {
         throw new Error(`frame ${handles[i]} is released twice`);
     return count;
   },
+  discarded: () => {},
   kernelPinnedPages: () => null,
   close() {},
 };

@@ -7,6 +7,8 @@ export class FakePinner implements Pinner {
   readonly kernelSource = "none";
   /** Handle -> host address of the page. */
   readonly pages = new Map<number, number>();
+  /** Host addresses of pages whose memory has been discarded since. */
+  readonly holes = new Set<number>();
   readonly extents: { address: number; length: number }[] = [];
   /** Pages that may be pinned at once; a request beyond it fails at its first page too many. */
   pagesMax = Number.POSITIVE_INFINITY;
@@ -31,6 +33,7 @@ export class FakePinner implements Pinner {
       }
       handles[i] = this.#next++;
       this.pages.set(handles[i]!, addresses[i]!);
+      this.holes.delete(addresses[i]!);
     }
   }
 
@@ -47,6 +50,10 @@ export class FakePinner implements Pinner {
       if (!this.pages.delete(handles[i]!)) throw new Error(`handle ${handles[i]} is released twice`);
     }
     return count;
+  }
+
+  discarded(addresses: Float64Array, count: number, out: Uint8Array): void {
+    for (let i = 0; i < count; i++) out[i] = Number(this.holes.has(addresses[i]!));
   }
 
   kernelPinnedPages(): number {

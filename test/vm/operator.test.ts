@@ -8,8 +8,8 @@ import { parseFioWorkload } from "../../src/machine/workload-text.ts";
 import { eventually } from "../support/eventually.ts";
 import { bootedVm, INTERVAL_MS } from "./support.ts";
 
-const ALL = Number.POSITIVE_INFINITY;
-const waits = new AbortController().signal;
+const INFINITY = Number.POSITIVE_INFINITY;
+const ALL = { first: 0, end: INFINITY };
 
 test("policy, quota, parking and unpinning at run time: the guest loses nothing", async (t) => {
   const vm = await bootedVm(t);
@@ -19,21 +19,21 @@ test("policy, quota, parking and unpinning at run time: the guest loses nothing"
   const requests = pins.pinRequests;
   await eventually(() => pins.pinRequests > requests);
   await operator.setPolicy("off");
-  for (let i = 0; i < 20; i++) await operator.unpinIdle(0, ALL, waits);
+  for (let i = 0; i < 20; i++) await operator.unpinIdle(ALL);
   await operator.setQuota(300);
   await operator.setPolicy("lru");
-  await operator.setQuota(ALL);
+  await operator.setQuota(INFINITY);
   const written = await working;
   assert.deepEqual([written.verified, written.errors, vm.disk.faults], [true, 0, 0]);
 
   await operator.park(true);
-  await assert.rejects(operator.unpinIdle(0, ALL, waits), /parked/);
+  await assert.rejects(operator.unpinIdle(ALL), /parked/);
   await unbindDisk(agent);
   const held = pins.framesNow;
   await sleep(3 * INTERVAL_MS);
   assert.ok(held > 0 && pins.framesNow === held, "parked");
   await operator.park(false);
-  assert.deepEqual(await operator.unpinIdle(0, ALL, waits), { unpinned: held, stayed: 0 });
+  assert.deepEqual(await operator.unpinIdle(ALL), { unpinned: held, stayed: 0, stayedRanges: [] });
   assert.equal(pins.framesNow, 0);
   assert.equal((await readCounters(agent)).underflow, 0);
 });

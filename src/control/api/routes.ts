@@ -104,7 +104,16 @@ export const ROUTES: readonly Route[] = [
     body: schemas.Range,
     answer: schemas.Unpinned,
     serve: ({ machine }, { firstFrame = 0, frames = Number.POSITIVE_INFINITY }, gone) =>
-      machine.operator.unpinIdle(firstFrame, firstFrame + frames, gone),
+      machine.operator.unpinIdle({ first: firstFrame, end: firstFrame + frames }, gone),
+  }),
+  route({
+    ...{ method: "PUT", path: "/v1/balloon", summary: "Leave the guest so much memory" },
+    body: schemas.NewBalloon,
+    answer: schemas.Balloon,
+    serve: ({ machine }, { memoryMiB }, gone) => {
+      if (!machine.balloon) throw new Refusal("refused", `machine ${machine.name} has no balloon`);
+      return machine.balloon.resize(memoryMiB, gone);
+    },
   }),
   route({
     ...{

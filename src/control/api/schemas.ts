@@ -6,6 +6,7 @@ import { DRIVER_COUNTERS } from "../../driver/counters.ts";
 import { policies } from "../../policy/registry.ts";
 import { STOPPED_BY } from "../../tracking/background-pins.ts";
 import { LIVES } from "../../tracking/life.ts";
+import { LISTED_MAX } from "../operator.ts";
 import { STRATEGIES } from "../strategy.ts";
 
 const Count = Type.Integer({ minimum: 0 });
@@ -48,6 +49,21 @@ export const Unpinned = exactly({
   stayed: {
     ...Count,
     description: "Frames of the range that are mapped, or that the host did not let go of",
+  },
+  stayedRanges: {
+    ...nullable(Type.Array(exactly({ firstFrame: Count, frames: Count }))),
+    description: `Which: their memory must not be discarded. null: more than ${LISTED_MAX}; ask for smaller ranges`,
+  },
+});
+
+const MemoryMiB = Type.Integer({ minimum: 1, maximum: 2 ** 20 });
+export const NewBalloon = exactly({ memoryMiB: MemoryMiB });
+export const Balloon = exactly({
+  memoryMiB: { ...Type.Number({ minimum: 0 }), description: "What the guest has now; it may stop half way" },
+  unpinned: { ...Count, description: "Frames that were in the balloon and pinned" },
+  stayed: {
+    ...Count,
+    description: "Frames without memory that are mapped, or that the host did not let go of",
   },
 });
 

@@ -86,9 +86,13 @@ test("an unpin goes on slice by slice, and ends when its client hangs up", async
     asked = Promise.withResolvers();
     const { resolve } = slice;
     slice = Promise.withResolvers();
-    resolve({ unpinned: 2, stayed: 1, next });
+    resolve({ unpinned: 2, stayed: [next === null ? 9 : 8], next });
   }
-  assert.deepEqual((await answer).body, { unpinned: 4, stayed: 2 });
+  assert.deepEqual((await answer).body, {
+    unpinned: 4,
+    stayed: 2,
+    stayedRanges: [{ firstFrame: 8, frames: 2 }],
+  });
   assert.deepEqual(froms, [0, 256]);
 
   const client = net.connect(path);
@@ -97,7 +101,7 @@ test("an unpin goes on slice by slice, and ends when its client hangs up", async
   client.destroy();
   // The server has seen it when it has served another.
   await ask(path, "GET", "/v1/state");
-  slice.resolve({ unpinned: 0, stayed: 0, next: 512 });
+  slice.resolve({ unpinned: 0, stayed: [], next: 512 });
   await ask(path, "GET", "/v1/state");
   assert.deepEqual(froms, [0, 256, 0], "no further slice is asked for");
 });

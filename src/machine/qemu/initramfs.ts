@@ -9,8 +9,8 @@ import type { Report } from "./packages.ts";
 import { modulesWithIndex } from "./stock-modules.ts";
 import type { Userland } from "./userland.ts";
 
-/** What the workloads' disks and networks need, where the kernel has it as a module. */
-const STOCK_MODULES = ["virtio_pci", "virtio_blk", "virtio_net"];
+/** What the workloads' disks and networks, and a balloon, need where the kernel has it as a module. */
+const STOCK_MODULES = ["virtio_pci", "virtio_blk", "virtio_net", "virtio_balloon"];
 
 const FOLDERS = ["dev", "etc", "mnt", "proc", "root", "run", "sys", "tmp"];
 
