@@ -122,6 +122,7 @@ const LABELS: Readonly<Record<keyof WorldStatistics, string>> = {
   mapRequests: "MAP requests",
   unmapRequests: "UNMAP requests",
   allPinned: "times that all was pinned for want of a driver",
+  balloonReturns: "frames back from a balloon",
 };
 
 function summary(result: SimResult): string {

@@ -31,6 +31,8 @@ export interface SmallWorld {
   readonly cpus: readonly (readonly number[])[];
   /** Unpin passes. */
   readonly passes: number;
+  /** Force-unpins of all frames. */
+  readonly forced?: number;
   /** Harvests of dirty frames, with PIN_DIRTY; one more follows when all is done. */
   readonly harvests?: number;
   readonly quota?: number;
@@ -62,6 +64,7 @@ const CLOCK_STEP = 1.5e6;
 class Known extends Violation {}
 const KNOWN = new Known();
 
+const newTracker: BackendParts["makeTracker"] = (...args) => new CheckedTracker(...args);
 const newIommu: NonNullable<BackendParts["makeIommu"]> = (...args) => new SoftwareIommu(...args);
 
 /** Depth first through all sequences of choices, but no state twice. */
@@ -204,7 +207,7 @@ class SmallMachine {
 
   #makeTracker(world: SmallWorld, twin: Twin, regions: readonly GuestRegion[], quota: number): Tracker {
     const { turn } = this.#backend;
-    const { openTable, makeIommu } = twin.backend ?? {};
+    const { openTable, makeIommu, makeTracker = newTracker } = twin.backend ?? {};
     let now = 0;
     const clock = {
       now: () => {
@@ -214,7 +217,7 @@ class SmallMachine {
     };
     const idle = (index: number) => isIdleIommuWord(index, world.cpus.length);
     const memory = new SteppedMemory([], turn);
-    const tracker = new CheckedTracker(
+    const tracker = makeTracker(
       {
         ...{ memory, clock, quota, counters: this.#counters, pinner: this.#host, policy: new LruPolicy() },
         ...{
@@ -335,23 +338,25 @@ class SmallBackend implements Actor {
   #served = 0;
   #passes: number;
   #harvests: number;
+  #forced: number;
   #busy = false;
 
   constructor(
     turns: Turns,
-    { passes, harvests = 0 }: SmallWorld,
+    { passes, harvests = 0, forced = 0 }: SmallWorld,
     asks: readonly Ask[],
     checks: () => Checks,
   ) {
     this.#passes = passes;
     this.#harvests = harvests;
+    this.#forced = forced;
     this.#checks = checks;
     this.#asks = asks;
     this.turn = new HostTurn(turns, this, { took: (result) => this.history.push(result) });
   }
 
   ready(): boolean {
-    return this.#busy || this.#served < this.#asks.length || this.#passes + this.#harvests > 0;
+    return this.#busy || this.#served < this.#asks.length || this.#passes + this.#harvests + this.#forced > 0;
   }
 
   resume(): void {
@@ -359,6 +364,7 @@ class SmallBackend implements Actor {
     try {
       if (this.#served < this.#asks.length) this.#serve(this.#asks[this.#served]!);
       else if (this.#harvests > 0 && this.#harvests >= this.#passes) this.#nextHarvest();
+      else if (this.#forced > 0) this.#force();
       else this.#pass();
     } finally {
       this.#busy = this.turn.on = false;
@@ -380,6 +386,12 @@ class SmallBackend implements Actor {
   harvest(): void {
     this.#checks().harvestBegins();
     this.#checks().harvested(this.tracker!.dirty.harvest());
+  }
+
+  #force(): void {
+    this.history.push("force");
+    this.#forced--;
+    this.tracker!.unpinIdle({ first: 0, end: FRAMES, from: 0 });
   }
 
   #pass(): void {

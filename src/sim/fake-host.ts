@@ -27,7 +27,8 @@ export class FakeHost implements Pinner {
   readonly pages = new Map<number, Gfn>();
   readonly #pins = new Map<Gfn, number>();
   readonly #holes = new Set<Gfn>();
-  readonly #stale = new Set<Gfn>();
+  /** Handles of pins whose page has been discarded. */
+  readonly #stale = new Set<number>();
   readonly #faults: HostFaults;
   readonly #observer: HostObserver;
   #turn: Turn;
@@ -46,7 +47,7 @@ export class FakeHost implements Pinner {
   /** The memory of a frame is discarded; a pin keeps the page that was there. */
   discard(gfn: Gfn): void {
     this.#holes.add(gfn);
-    if (this.holds(gfn)) this.#stale.add(gfn);
+    for (const [handle, frame] of this.pages) if (frame === gfn) this.#stale.add(handle);
   }
 
   /** The guest uses a frame: it gets memory, if it has none. */
@@ -54,9 +55,10 @@ export class FakeHost implements Pinner {
     this.#holes.delete(gfn);
   }
 
-  /** What is pinned is not the page that the guest sees. */
-  isStale(gfn: number): boolean {
-    return this.#stale.has(gfn as Gfn);
+  /** Whether the page that the guest sees is pinned. */
+  holdsPresent(gfn: number): boolean {
+    for (const [handle, frame] of this.pages) if (frame === gfn && !this.#stale.has(handle)) return true;
+    return false;
   }
 
   pin(addresses: Float64Array, count: number, handles: Int32Array): void {
@@ -110,9 +112,8 @@ export class FakeHost implements Pinner {
   #release(handle: number): void {
     const gfn = this.pages.get(handle)!;
     this.pages.delete(handle);
+    this.#stale.delete(handle);
     this.#pins.set(gfn, this.#pins.get(gfn)! - 1);
-    if (this.holds(gfn)) return;
-    this.#stale.delete(gfn);
-    this.#observer.released(gfn);
+    if (!this.holds(gfn)) this.#observer.released(gfn);
   }
 }

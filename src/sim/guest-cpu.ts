@@ -1,6 +1,6 @@
 import { InvariantViolation } from "../base/errors.ts";
 import type { Random } from "../base/random.ts";
-import { FRAME_SIZE, type Gfn, type Gpa, gfnOf, milliseconds } from "../base/units.ts";
+import { FRAME_SIZE, type Gfn, type Gpa, gfnOf, gpaOf, milliseconds } from "../base/units.ts";
 import { DRIVER_COUNTERS, type DriverCounters } from "../driver/counters.ts";
 import { DirectDma } from "../driver/dma.ts";
 import {
@@ -16,6 +16,7 @@ import { LazyQueue, RemappedDma, type RemappedDmaOptions } from "../driver/remap
 import type { DriverCpu } from "../driver/viommu.ts";
 import { counters } from "../memory/counters.ts";
 import { VIRTIO_IOMMU_S_DEVERR, VIRTIO_IOMMU_S_IOERR, VIRTIO_IOMMU_S_NOMEM } from "../wire/virtio-iommu.ts";
+import type { Balloon } from "./balloon.ts";
 import type { Job } from "./dma-engine.ts";
 import type { FrontEndDriver, Places } from "./front-end.ts";
 import type { Guest, RemappedDevice } from "./guest.ts";
@@ -32,6 +33,8 @@ const IOVA_PAGES = 16;
 const IOVA_FIRST = 2 ** 20;
 const DOMAIN = 7;
 const DIRECTIONS: readonly DmaDirection[] = ["bidirectional", "to-device", "from-device"];
+
+type Ballooned = "no" | "in" | "wanted";
 
 interface Mapping {
   readonly segments: readonly DmaSegment[];
@@ -62,6 +65,11 @@ export class GuestCpu {
   readonly #lazy = new LazyQueue();
   readonly #makeRemapped: (options: RemappedDmaOptions) => RemappedDma;
   #mappings: Mapping[] = [];
+  /** A frame that only this CPU uses, and where it is. */
+  readonly #own: Gfn;
+  #ballooned: Ballooned = "no";
+  /** It has been mapped since it was there: else it is not worth being given away. */
+  #ownUsed = false;
 
   constructor(
     guest: Guest,
@@ -74,6 +82,8 @@ export class GuestCpu {
     this.#id = id;
     this.#pool = pool;
     this.#random = random;
+    const { buffers } = guest.parts;
+    this.#own = (buffers.first + buffers.frames + id) as Gfn;
     this.#pages = this.#freshPages();
     const buffer = new SharedArrayBuffer(8 * DRIVER_COUNTERS.length);
     this.counters = counters(DRIVER_COUNTERS, buffer);
@@ -105,6 +115,7 @@ export class GuestCpu {
     this.#dma = this.#otherDma = this.#remapped = undefined;
     this.#lazy.clear();
     this.#mappings = [];
+    this.#ballooned = "no";
     this.#pages = this.#freshPages();
   }
 
@@ -129,6 +140,8 @@ export class GuestCpu {
     if (parts.restarts && this.#id === 0 && this.#random(60) === 0) return this.#restart();
     if (this.#remapped && this.#random(20) === 0) return this.#tick(false);
     if (this.#id === 0 && this.#canMove && this.#random(3) === 0) return this.#move();
+    const moved = parts.balloon && this.#useBalloon(parts.balloon);
+    if (moved) return moved;
     const any = idle[this.#random(idle.length)];
     const choice = this.#random(12);
     if (choice === 0) return this.#sleep();
@@ -242,7 +255,10 @@ export class GuestCpu {
 
   #map(): Operation {
     const { buffers } = this.#guest.parts;
+    const ownUsable = this.#guest.parts.balloon !== undefined && this.#ballooned === "no";
     const list = Array.from({ length: 1 + this.#random(SEGMENTS_MAX) }, (): DmaBuffer => {
+      if (ownUsable && this.#random(3) === 0)
+        return { gpa: gpaOf(this.#own), length: 1 + this.#random(FRAME_SIZE) };
       const frame = buffers.first + this.#random(buffers.frames);
       const offset = this.#random(4) * 1024;
       const length = Math.min(
@@ -284,6 +300,26 @@ export class GuestCpu {
         ...{ segments: [{ iova, length }], frames: framesIn(gpa, length), direction: "bidirectional" },
         release: () => dma.freeCoherent(gpa, iova, length),
       }),
+    );
+  }
+
+  /** Give the own frame away when nothing maps it, and later have it back. */
+  #useBalloon(balloon: Balloon): Operation | undefined {
+    if (this.#random(3) > 0 || this.#mappings.some((m) => m.frames.includes(this.#own))) return undefined;
+    if (this.#ballooned === "no" && !this.#ownUsed) return undefined;
+    const moves: Record<Ballooned, [() => unknown, Ballooned]> = {
+      no: [() => balloon.put(this.#own), "in"],
+      in: [() => balloon.want(this.#own), "wanted"],
+      wanted: [() => balloon.take(this.#own), "no"],
+    };
+    const [what, then] = moves[this.#ballooned];
+    return this.#operation(
+      () => step(this.process, "balloon", what),
+      (done) => {
+        if (done === false) return;
+        this.#ballooned = then;
+        this.#ownUsed = false;
+      },
     );
   }
 
@@ -380,6 +416,7 @@ export class GuestCpu {
       run,
       (value) => {
         const mapping = made(value);
+        this.#ownUsed ||= mapping.frames.includes(this.#own);
         this.#mappings.push({ ...mapping, device, jobs: 0 });
         this.#guest.parts.checks.mapped(mapping.frames);
       },

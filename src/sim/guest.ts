@@ -1,5 +1,6 @@
 import { type Bdf, FRAME_SIZE } from "../base/units.ts";
 import type { GuestMemory } from "../memory/guest-memory.ts";
+import type { Balloon } from "./balloon.ts";
 import type { Bus } from "./bus.ts";
 import type { Checks } from "./checks.ts";
 import type { DmaEngine } from "./dma-engine.ts";
@@ -75,6 +76,8 @@ export interface GuestParts {
   /** First frame and number of those that buffers lie in; CPUs share them. */
   readonly buffers: { readonly first: number; readonly frames: number };
   readonly cpus: number;
+  /** If there is one, each CPU has a frame of its own, after the buffers, that it puts there at times. */
+  readonly balloon: Balloon | undefined;
   readonly hostile: boolean;
   /** Its driver negotiates PIN_DIRTY. */
   readonly pinDirty: boolean;

@@ -15,9 +15,14 @@ export interface Outcome {
   readonly error: Error | undefined;
 }
 
-/** Play one world. Whatever is thrown in it is a finding: of a checker, or a bug that shows itself. */
-export function simulate(seed: number, steps: number, twin?: Twin): Outcome {
-  const world = new World(seed, steps, settingsOf(seed), twin);
+/** Play one world, with `settings` in place of the seed's. Whatever is thrown in it is a finding: of a checker, or a bug that shows itself. */
+export function simulate(
+  seed: number,
+  steps: number,
+  twin?: Twin,
+  settings: Partial<Settings> = {},
+): Outcome {
+  const world = new World(seed, steps, { ...settingsOf(seed), ...settings }, twin);
   let error: Error | undefined;
   try {
     world.run();

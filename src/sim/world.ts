@@ -12,6 +12,7 @@ import type { BeforeActivation } from "../tracking/life.ts";
 import { createIommuBuffer, DeviceGate, isIdleIommuWord } from "../tracking/software-iommu.ts";
 import { TRACKING_COUNTERS, type Tracker } from "../tracking/tracker.ts";
 import { Backend, type BackendOptions, type BackendParts } from "./backend.ts";
+import { Balloon } from "./balloon.ts";
 import { Bus } from "./bus.ts";
 import { Checks } from "./checks.ts";
 import { DmaEngine } from "./dma-engine.ts";
@@ -59,6 +60,8 @@ export interface Settings {
   readonly harvestSlice: number;
   /** A device moves between the table and a domain, whose unmapped addresses are taken back at once or in batches. */
   readonly remapping: "none" | "strict" | "lazy";
+  /** CPUs put frames into a balloon. */
+  readonly balloon: boolean;
 }
 
 export function settingsOf(seed: number): Settings {
@@ -85,6 +88,7 @@ export function settingsOf(seed: number): Settings {
     harvestInterval: next(3) > 0 ? (1 + next(10)) / 5 : Number.POSITIVE_INFINITY,
     harvestSlice: 1 + next(8),
     remapping: "none",
+    balloon: random(seed ^ 0xba11_0000)(3) === 0,
   };
   if (next(5) > 0) {
     const late = { ...settings, ...lifeOf(random(seed ^ 0x571c), settings) };
@@ -152,6 +156,7 @@ export interface WorldStatistics {
   readonly unmapRequests: number;
   /** How often all RAM got pinned, because no driver was there. */
   readonly allPinned: number;
+  readonly balloonReturns: number;
 }
 
 /** RAM in two pieces: one reaches into firmware's window below 1 MiB, one across the end of a leaf of the table. */
@@ -203,6 +208,7 @@ export class World {
   readonly #cpus: GuestCpu[];
   readonly #engines: DmaEngine[];
   readonly #backend: Backend;
+  readonly #balloon: Balloon;
   readonly #stepsMax: number;
   readonly #counters = counters(TRACKING_COUNTERS, countersBuffer(TRACKING_COUNTERS));
   #quota: number;
@@ -234,6 +240,7 @@ export class World {
     this.#gate = new DeviceGate(this.#iommu, 7, () => {});
     this.#backend = this.#makeBackend(twin.backend ?? {});
     this.host = this.#backend.host;
+    this.#balloon = new Balloon(this.host, (order) => this.#backend.order(order));
     this.checks = new Checks({
       host: this.host,
       isRam: (gfn) => this.#memory.find(gfn * FRAME_SIZE, FRAME_SIZE) !== undefined,
@@ -268,6 +275,7 @@ export class World {
       ...{
         buffers: { first: BUFFERS_FIRST, frames: settings.buffers },
         cpus: settings.cpus,
+        balloon: settings.balloon ? this.#balloon : undefined,
         hostile: settings.hostile,
         pinDirty: settings.pinDirty,
         restarts: settings.driverRestarts,
@@ -320,6 +328,7 @@ export class World {
       mapRequests: sum("mapRequests"),
       unmapRequests: sum("unmapRequests"),
       allPinned: this.#allPinned,
+      balloonReturns: this.#balloon.returns,
     };
   }
 
@@ -386,6 +395,7 @@ export class World {
       dies: () => oneIn(settings.backendDies),
       died: () => {
         this.#backendDeaths++;
+        this.#balloon.backendDied();
         this.#guest.needsRestart = true;
         this.#guest.deviceLost.begin();
         this.checks.copiedAll();
@@ -459,6 +469,7 @@ export class World {
     if (complete && !this.#wasComplete) this.#allPinned++;
     this.#wasComplete = complete;
     if (this.#guest.draining) return;
+    this.#balloon.between(this.#backend.passes);
     const { machineResets, operator } = this.settings;
     if (machineResets > 0 && this.#random(machineResets) === 0) this.#resetMachine();
     if (operator > 0 && this.#random(operator) === 0) this.#order();
@@ -504,6 +515,7 @@ export class World {
     this.#bus.pending.length = 0;
     for (const { bytes } of this.#memory.regions) bytes.fill(0);
     this.checks.forgetMappings();
+    this.#balloon.reset();
     this.#backend.resetMachine();
     this.#powerOn();
   }

@@ -24,6 +24,12 @@ const worlds: Readonly<Record<string, SmallWorld>> = {
     releasesFail: true,
     pinsFail: true,
   },
+  "two force-unpins of a frame that was mapped lately, two CPUs that map it": {
+    units: [P + A],
+    cpus: [[0], [0]],
+    passes: 0,
+    forced: 2,
+  },
   "harvests of a frame that two CPUs map": { units: [P], cpus: [[0], [0]], passes: 1, harvests: 1 },
   "a harvest of two frames, one of them dirty": { units: [P + D, P], cpus: [[0, 1]], passes: 2, harvests: 2 },
   "a quota that makes one CPU's request unpin what another maps": {
@@ -48,6 +54,7 @@ for (const [what, world] of Object.entries(worlds))
 const found: Readonly<Record<string, SmallWorld>> = {
   "an unpin by load and store instead of one CAS": { units: [P], cpus: [[0]], passes: 1 },
   "an unpin that ignores COUNT": { units: [P], cpus: [[0]], passes: 1 },
+  "a force-unpin that ignores COUNT": { units: [P + A], cpus: [[0]], passes: 1, forced: 1 },
   "P cleared after the release": { units: [P], cpus: [[0]], passes: 1 },
   "P set before the page is pinned": { units: [0], cpus: [[0], [0]], passes: 0 },
   "an IOMMU that keeps what was revoked": { units: [P], cpus: [], passes: 1 },

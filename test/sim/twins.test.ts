@@ -4,13 +4,18 @@ import { simulate } from "../../src/sim/simulate.ts";
 import { twins } from "./twins.ts";
 
 const STEPS = 5_000;
-const STEPS_MAX = 100_000;
+const STEPS_MAX = 300_000;
 
-for (const [what, { twin, found }] of Object.entries(twins))
+for (const [what, { twin, found, settings }] of Object.entries(twins))
   test(`broken twin is found within ${STEPS_MAX} steps: ${what}`, (t) => {
     let steps = 0;
     for (let seed = 1; steps < STEPS_MAX; seed++) {
-      const { error, statistics } = simulate(seed, STEPS, typeof twin === "function" ? twin() : twin);
+      const { error, statistics } = simulate(
+        seed,
+        STEPS,
+        typeof twin === "function" ? twin() : twin,
+        settings,
+      );
       steps += statistics.steps;
       if (!error) continue;
       t.diagnostic(`seed ${seed}, after ${steps} steps in all: ${error.message}`);

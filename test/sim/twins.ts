@@ -7,7 +7,7 @@ import type { GuestMemory } from "../../src/memory/guest-memory.ts";
 import type { UnpinPolicy } from "../../src/policy/policy.ts";
 import { CheckedTracker } from "../../src/sim/backend.ts";
 import { FakeHost, HOST_BASE } from "../../src/sim/fake-host.ts";
-import type { Twin } from "../../src/sim/world.ts";
+import type { Settings, Twin } from "../../src/sim/world.ts";
 import { DmaTrackingTable, NO_UNIT, type Unit } from "../../src/tracking/dtt.ts";
 import { SoftwareIommu } from "../../src/tracking/software-iommu.ts";
 import type { TrackingCounters } from "../../src/tracking/tracker.ts";
@@ -17,10 +17,16 @@ import { TU_COUNT, TU_DIRTY, TU_PINNED, TU_WRITABLE } from "../../src/wire/dtt.t
 interface BrokenTwin {
   readonly twin: Twin | (() => Twin);
   readonly found: RegExp;
+  /** Of the worlds in which it shows soon. */
+  readonly settings?: Partial<Settings>;
 }
+
+/** P of what is in the balloon outlives the time there. */
+const BALLOONS: Partial<Settings> = { balloon: true, interval: 10, hostile: false };
 
 const P = TU_PINNED | 0;
 const UNHARVESTED = /before a harvest, which does not give it/;
+const GIVEN_AWAY = /hits a page that the guest has given away/;
 const LOST_COUNT = /COUNT 0|unpinned while it is mapped|idle and stay pinned|before a harvest/;
 const LOST = /unpinned while it is mapped|DMA to frame|DMA fault|the host does not hold it|COUNT 0/;
 
@@ -261,6 +267,46 @@ class HastyTracker extends CheckedTracker {
   }
 }
 
+/** A force-unpin that ignores COUNT, as it may ignore A; its passes are right. */
+function forcedTwin(): Twin {
+  let forced = false;
+  class ForcedTable extends CountlessTable {
+    override claimForUnpin(unit: Unit): ReturnType<DmaTrackingTable["claimForUnpin"]> {
+      return forced ? super.claimForUnpin(unit) : DmaTrackingTable.prototype.claimForUnpin.call(this, unit);
+    }
+  }
+  class ForcedTracker extends CheckedTracker {
+    override unpinIdle(...args: Parameters<CheckedTracker["unpinIdle"]>) {
+      forced = true;
+      try {
+        return super.unpinIdle(...args);
+      } finally {
+        forced = false;
+      }
+    }
+  }
+  return {
+    backend: {
+      openTable: (...args) => new ForcedTable(...args),
+      makeTracker: (...args) => new ForcedTracker(...args),
+    },
+  };
+}
+
+/** Finds nothing that was discarded. */
+class BlindHost extends FakeHost {
+  override discarded(_addresses: Float64Array, count: number, out: Uint8Array): void {
+    out.fill(0, 0, count);
+  }
+}
+
+/** Says of what stayed that it has gone. */
+class SilentTracker extends CheckedTracker {
+  override unpinIdle(...args: Parameters<CheckedTracker["unpinIdle"]>) {
+    return { ...super.unpinIdle(...args), stayed: [] };
+  }
+}
+
 /** Sets D when it has counted down already. */
 class LateDirtyUnits extends TornUnits {
   override put(gfn: number, nr: number, written?: boolean): number {
@@ -298,6 +344,16 @@ export const twins: Readonly<Record<string, BrokenTwin>> = {
   "an unpin that ignores COUNT": {
     twin: { backend: { openTable: (...args) => new CountlessTable(...args) } },
     found: LOST,
+  },
+  "a balloon of which nobody looks what is pinned": {
+    twin: { backend: { makeHost: (...args) => new BlindHost(...args) } },
+    found: GIVEN_AWAY,
+    settings: BALLOONS,
+  },
+  "a force-unpin that does not tell what stayed": {
+    twin: { backend: { makeTracker: (...args) => new SilentTracker(...args) } },
+    found: GIVEN_AWAY,
+    settings: BALLOONS,
   },
   "an unpin of frames that were mapped before PIN was turned on": {
     twin: { backend: { openTable: (...args) => new ForgetfulTable(...args) } },
@@ -392,6 +448,7 @@ export const twins: Readonly<Record<string, BrokenTwin>> = {
 
 /** Too rare for the random worlds: found where every schedule is played. */
 export const rareTwins: typeof twins = {
+  "a force-unpin that ignores COUNT": { twin: forcedTwin, found: LOST },
   "a driver that sets D after it has counted down": {
     twin: { driver: { openUnits: (...args) => new LateDirtyUnits(...args) } },
     found: UNHARVESTED,
