@@ -1,0 +1,26 @@
+/** A guest that wants more pinned than it may: it is slowed down, and the host gives no more. */
+import assert from "node:assert/strict";
+import { test } from "node:test";
+import { readCounters } from "../../src/control/guest-side.ts";
+import { runFio } from "../../src/machine/qemu/fio.ts";
+import { parseFioWorkload } from "../../src/machine/workload-text.ts";
+import { bootedVm, pinnedPages } from "./support.ts";
+
+const QUOTA = 400;
+
+test("at its quota a guest finds room by unpinning, or waits; the quota is never passed and nothing is lost", async (t) => {
+  const before = pinnedPages();
+  const vm = await bootedVm(t, { quota: QUOTA });
+  const { pins } = vm;
+  // 32 requests of 16 frames are more than the quota.
+  const workload = parseFioWorkload("fio:rw=randwrite,bs=64k,iodepth=32,size=32M,seconds=3");
+  const written = await runFio(vm.qemu.agent, workload);
+  const { framesPeak, framesUnpinned, framesPinned, pinRequestsRefused, kernelPagesPeak } = pins;
+  const seen = { framesPeak, framesUnpinned, framesPinned, pinRequestsRefused, ops: written.ops };
+  t.diagnostic(JSON.stringify(seen));
+  assert.deepEqual([written.verified, written.errors, vm.disk.faults], [true, 0, 0]);
+  assert.ok(framesPeak <= QUOTA && kernelPagesPeak - before <= QUOTA, "the host never gives more");
+  assert.ok(pinRequestsRefused > 0 && framesPinned > 2 * QUOTA, "it wanted more, and got it by and by");
+  const { pin_refused, underflow } = await readCounters(vm.qemu.agent);
+  assert.ok(pin_refused! > 0 && underflow === 0, "its driver was told");
+});
