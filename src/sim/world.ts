@@ -16,6 +16,7 @@ import { Balloon } from "./balloon.ts";
 import { Bus } from "./bus.ts";
 import { Checks } from "./checks.ts";
 import { DmaEngine } from "./dma-engine.ts";
+import { AT_ONCE, DriverArrival, lifeOf } from "./driver-arrival.ts";
 import { type FakeHost, HOST_BASE } from "./fake-host.ts";
 import { FRONT_ENDS } from "./front-end.ts";
 import { Guest, RemappedDevice } from "./guest.ts";
@@ -79,7 +80,7 @@ export function settingsOf(seed: number): Settings {
     pinFails: sometimes(2, 20),
     releaseFails: sometimes(2, 10),
     kickLost: sometimes(4, 30),
-    backendDies: sometimes(8, 2000),
+    backendDies: sometimes(8, 1000),
     machineResets: sometimes(6, 150),
     driverRestarts: next(3) === 0,
     hostile: next(5) === 0,
@@ -110,22 +111,6 @@ function withDomains(settings: Settings, next: Random): Settings {
   // Its driver, as Linux's, does not take its domains up again on another device.
   const impossible = { backendDies: 0, driverRestarts: false } as const;
   return { ...settings, ...impossible, devices: 2, remapping: next(2) === 0 ? "strict" : "lazy" };
-}
-
-const AT_ONCE = { activationTimeout: Number.POSITIVE_INFINITY, driverComes: 0 } as const;
-
-/** What half of the machines have instead of a driver that is there at once. */
-function lifeOf(next: Random, { quota, backendDies }: Settings): Partial<Settings> {
-  if (next(2) > 0) return AT_ONCE;
-  // A driver waits for seconds for the answer of one that is dead, and every harvest meanwhile would look at all RAM.
-  const backend = backendDies > 0 ? { harvestInterval: Number.POSITIVE_INFINITY } : {};
-  const activationTimeout = (1 + next(10)) / 5;
-  const before = next(4) === 0 ? ({ beforeActivation: "all" } as const) : {};
-  if (quota < Number.POSITIVE_INFINITY || next(3) === 0)
-    return { activationTimeout, driverComes: next(20) / 5, ...backend, ...before };
-  // Mostly with a host in which nothing fails, so that it can be told when it must have pinned all.
-  const host = next(3) > 0 ? { pinFails: 0, backendDies: 0 } : backend;
-  return { activationTimeout, driverComes: "when all is pinned", ...host, ...before };
 }
 
 /** Parts that a broken twin replaces. */
@@ -172,8 +157,6 @@ export const ENDPOINT = 0x20 as Bdf;
 const OTHER_ENDPOINT = 0x28 as Bdf;
 /** The time that a step takes, in ns. */
 const STEP_TIME = 2000;
-/** How long the backend may take to pin all RAM, in ns: nothing stands in its way but schedules that hold it back. */
-const ALL_PINNED_WITHIN = 100e6;
 /** Turns without a step: looks of those who wait, and passes that find nothing to try. */
 const IDLE_TURNS_MAX = 10_000;
 /** Steps that a world may take to come to rest. */
@@ -219,9 +202,7 @@ export class World {
   #backendDeaths = 0;
   #machineResets = 0;
   #operatorOrders = 0;
-  #bootsFrom = 0;
-  #wasComplete = false;
-  #allPinned = 0;
+  readonly #arrival: DriverArrival;
 
   /** After `stepsMax` steps the guest unmaps what it has, the host stops failing, and all comes to rest. */
   constructor(seed: number, stepsMax: number, settings = settingsOf(seed), twin: Twin = {}) {
@@ -279,8 +260,8 @@ export class World {
         hostile: settings.hostile,
         pinDirty: settings.pinDirty,
         restarts: settings.driverRestarts,
-        mayBoot: () => this.#mayBoot(),
-        allPinned: () => this.#isComplete() && this.checks.allHeld(this.#memory.regions),
+        mayBoot: () => this.#arrival.mayBoot(this.#guest),
+        allPinned: () => this.#arrival.allPinned(),
       },
     });
     this.#cpus = Array.from({ length: settings.cpus }, (_, id) => {
@@ -292,7 +273,8 @@ export class World {
     this.turns.actors.push(...this.#engines.map((e) => e.process));
     if (settings.hostile)
       this.turns.actors.push(new Saboteur(this.#guest, regions, turns, random(seed ^ 0x1ee7)).process);
-    this.#powerOn();
+    const parts = { settings, turns, checks, counters: this.#counters, regions };
+    this.#arrival = new DriverArrival(parts);
     if (settings.beforeActivation !== "none") this.#runFirmware();
   }
 
@@ -327,7 +309,7 @@ export class World {
       moves: this.#guest.parts.remapped?.moves ?? 0,
       mapRequests: sum("mapRequests"),
       unmapRequests: sum("unmapRequests"),
-      allPinned: this.#allPinned,
+      allPinned: this.#arrival.timesPinned,
       balloonReturns: this.#balloon.returns,
     };
   }
@@ -424,31 +406,6 @@ export class World {
     }
   }
 
-  #powerOn(): void {
-    const { driverComes } = this.settings;
-    this.#bootsFrom =
-      this.turns.time + (driverComes === "when all is pinned" ? 0 : milliseconds(driverComes));
-  }
-
-  #mayBoot(): boolean {
-    const { draining, needsRestart, parts } = this.#guest;
-    const { driverComes, activationTimeout, hostile, pinFails, operator } = this.settings;
-    // A backend that starts in place of one that died leaves the guest as it is.
-    if (draining || needsRestart) return true;
-    if (driverComes !== "when all is pinned") return this.turns.time >= this.#bootsFrom;
-    const patience = milliseconds(activationTimeout) + ALL_PINNED_WITHIN;
-    const hindered = hostile || pinFails > 0 || operator > 0;
-    if (!parts.allPinned() && !hindered && this.turns.time > this.#bootsFrom + patience)
-      throw new Violation("no driver was there in time, and not all RAM is pinned");
-    return parts.allPinned();
-  }
-
-  /** What the host says of it. */
-  #isComplete(): boolean {
-    const { backgroundFrames, backgroundPinned } = this.#counters;
-    return backgroundFrames > 0 && backgroundPinned === backgroundFrames;
-  }
-
   #beforeStep(): void {
     if (this.turns.steps === this.#stepsMax) {
       this.#guest.draining = true;
@@ -464,10 +421,7 @@ export class World {
     this.checks.accounts(tracker.frames(), tracker.pinned, this.#memory.regions, (gfn) =>
       this.#gate.allows(gfn as Gfn),
     );
-    const complete = this.#isComplete();
-    if (complete) this.checks.saidComplete(this.#memory.regions);
-    if (complete && !this.#wasComplete) this.#allPinned++;
-    this.#wasComplete = complete;
+    this.#arrival.check();
     if (this.#guest.draining) return;
     this.#balloon.between(this.#backend.passes);
     const { machineResets, operator } = this.settings;
@@ -517,7 +471,7 @@ export class World {
     this.checks.forgetMappings();
     this.#balloon.reset();
     this.#backend.resetMachine();
-    this.#powerOn();
+    this.#arrival.powerOn();
   }
 
   #finished(): boolean {

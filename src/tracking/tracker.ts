@@ -1,22 +1,14 @@
 import type { Clock } from "../base/clock.ts";
 import { HostError } from "../base/errors.ts";
-import { FrameIndex, grown } from "../base/frame-index.ts";
-import { FRAME_SIZE, GFN_LIMIT, type Gfn, type Gpa, gpaOf } from "../base/units.ts";
+import { FRAME_SIZE, type Gfn, type Gpa, gpaOf } from "../base/units.ts";
 import type { GuestMemory, GuestRegion } from "../memory/guest-memory.ts";
 import type { UnpinPolicy } from "../policy/policy.ts";
-import {
-  VIRTIO_IOMMU_S_FAULT,
-  VIRTIO_IOMMU_S_IOERR,
-  VIRTIO_IOMMU_S_NOMEM,
-  VIRTIO_IOMMU_S_OK,
-  VIRTIO_IOMMU_S_RANGE,
-  VIRTIO_IOMMU_S_UNSUPP,
-} from "../wire/virtio-iommu.ts";
+import { VIRTIO_IOMMU_S_OK } from "../wire/virtio-iommu.ts";
 import { BackgroundPins, STOPPED_BY } from "./background-pins.ts";
 import { countPinned, type TrackingCounters } from "./counters.ts";
 import { DirtyTracking } from "./dirty.ts";
-import { DmaTrackingTable, NO_UNIT, type Unit } from "./dtt.ts";
-import { type Ledger, NO_TABLE, ONLY_DOMAINS } from "./ledger.ts";
+import { DmaTrackingTable } from "./dtt.ts";
+import { type Ledger, NO_TABLE } from "./ledger.ts";
 import {
   type AssignedBus,
   type BeforeActivation,
@@ -29,6 +21,7 @@ import { framesOf, type Mapping } from "./mapping-trees.ts";
 import type { Pinner } from "./pinner.ts";
 import { Pins } from "./pins.ts";
 import { Remapping } from "./remapping.ts";
+import { RequestPins } from "./request-pins.ts";
 import type { SoftwareIommu } from "./software-iommu.ts";
 import { StaticPins } from "./static-pins.ts";
 import { TableInUse } from "./table-in-use.ts";
@@ -74,16 +67,12 @@ export class Tracker {
   readonly dirty: DirtyTracking;
   readonly #table: TableInUse;
   readonly #passes: UnpinPasses;
+  readonly #requests: RequestPins;
   readonly #background: BackgroundPins;
   readonly #life: GuestLife;
   #quota: number;
   #parks = 0;
   #parkedByOperator = false;
-
-  // Scratch, reused: a request's frames and units, and what of them is new.
-  #gfns = new Float64Array(256);
-  #units = new Float64Array(256);
-  readonly #fresh = new FrameIndex();
 
   constructor(options: TrackerOptions) {
     this.#o = options;
@@ -102,6 +91,12 @@ export class Tracker {
     const parked = () => this.parked || this.life === "static";
     this.#passes = new UnpinPasses({ ...parts, dirty: this.dirty, parked });
     this.#background = new BackgroundPins(options.memory, this.#pins, options.clock, () => this.#quota);
+    this.#requests = new RequestPins({
+      ...{ memory: options.memory, pins: this.#pins, table: this.#table, dirty: this.dirty },
+      counters: options.counters,
+      room: () => this.#quota - this.pinned,
+      unpinAll: () => this.#unpinAll(),
+    });
     this.remapping = new Remapping(options.iommu, this);
     options.counters.startedAt = options.counters.changedAt = options.clock.now();
     options.iommu.setGranting(this.#granting);
@@ -288,66 +283,12 @@ export class Tracker {
    * docs/abi.md section 3 names. The frames asked for are at most those the guest has: bounds the loops.
    */
   pin(ranges: readonly { readonly gfn: number; readonly nrFrames: number }[]): number {
-    const status = this.#pin(ranges);
+    const status = this.#requests.serve(ranges);
     const { counters } = this.#o;
     counters.pinRequests++;
     if (status !== VIRTIO_IOMMU_S_OK) counters.pinRequestsRefused++;
     this.#changed();
     return status;
-  }
-
-  #pin(ranges: readonly { readonly gfn: number; readonly nrFrames: number }[]): number {
-    if (!this.#table.active) return VIRTIO_IOMMU_S_UNSUPP;
-    const total = ranges.reduce((sum, r) => sum + r.nrFrames, 0);
-    if (total > this.#o.memory.size / FRAME_SIZE) return VIRTIO_IOMMU_S_RANGE;
-    if (ranges.some((r) => r.gfn + r.nrFrames > GFN_LIMIT)) return VIRTIO_IOMMU_S_RANGE;
-    this.#gfns = grown(this.#gfns, total);
-    this.#units = grown(this.#units, total);
-    let n = 0;
-    for (const { gfn: first, nrFrames } of ranges)
-      for (let gfn = first as Gfn; gfn < first + nrFrames; gfn++) {
-        if (!this.#o.memory.find(gpaOf(gfn), FRAME_SIZE)) return VIRTIO_IOMMU_S_RANGE;
-        const unit = this.#table.walk(gfn);
-        if (unit === NO_UNIT) return VIRTIO_IOMMU_S_FAULT;
-        this.#gfns[n] = gfn;
-        this.#units[n++] = unit;
-      }
-    const status = this.#pinFresh(n, this.#table.generation);
-    if (status !== VIRTIO_IOMMU_S_OK) return status;
-    for (let i = 0; i < n; i++) {
-      const gfn = this.#gfns[i]! as Gfn;
-      if (this.#table.isForeign(gfn)) this.dirty.remember(gfn);
-      this.#table.own(gfn, this.#units[i]! as Unit);
-    }
-    return VIRTIO_IOMMU_S_OK;
-  }
-
-  /** Pin those of the first `count` frames of #gfns that are not pinned; with a full unpin first where it is tight. */
-  #pinFresh(count: number, generation: number): number {
-    for (let attempt = 0; ; attempt++) {
-      this.#collectFresh(count);
-      const tight = this.#fresh.size > 0 && this.pinned + this.#fresh.size > this.#quota;
-      if (!tight) {
-        try {
-          this.#pins.pin([...this.#fresh], generation);
-          this.#o.counters.framesPinned += this.#fresh.size;
-          return VIRTIO_IOMMU_S_OK;
-        } catch (error) {
-          if (!(error instanceof HostError)) throw error;
-          if (error.errno !== "ENOMEM") return VIRTIO_IOMMU_S_IOERR;
-        }
-      }
-      // What the unpin frees may be among this request's frames, if the guest did not count them: collect again.
-      if (attempt > 0 || !this.#unpinAll()) return tight ? VIRTIO_IOMMU_S_NOMEM : VIRTIO_IOMMU_S_IOERR;
-    }
-  }
-
-  #collectFresh(count: number): void {
-    this.#fresh.clear();
-    for (let i = 0; i < count; i++) {
-      const gfn = this.#gfns[i]! as Gfn;
-      if (!this.#ledger.has(gfn) && this.#fresh.find(gfn) < 0) this.#fresh.insert(gfn);
-    }
   }
 
   // --- domains ---------------------------------------------------------------------------------------------------
@@ -357,19 +298,7 @@ export class Tracker {
    * because no table asked.
    */
   hold(mapping: Mapping): number {
-    const { memory, wholeRam } = this.#o;
-    const count = mapping.last - mapping.first + 1;
-    // Bounds the loops: a range of RAM repeats no frame.
-    if (count > memory.size / FRAME_SIZE || mapping.gfn + count > GFN_LIMIT) return VIRTIO_IOMMU_S_RANGE;
-    this.#gfns = grown(this.#gfns, count);
-    let n = 0;
-    for (const gfn of framesOf(mapping)) {
-      if (!memory.find(gpaOf(gfn), FRAME_SIZE)) return VIRTIO_IOMMU_S_RANGE;
-      this.#gfns[n++] = gfn;
-    }
-    if (wholeRam) return VIRTIO_IOMMU_S_OK;
-    const status = this.#pinFresh(n, ONLY_DOMAINS);
-    if (status === VIRTIO_IOMMU_S_OK) this.#pins.need(mapping);
+    const status = this.#requests.hold(mapping, this.#o.wholeRam === true);
     this.#changed();
     return status;
   }
