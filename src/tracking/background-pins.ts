@@ -64,15 +64,17 @@ export class BackgroundPins {
   slice(): number {
     // A part of RAM is of no use to a device that may touch any of it, and leaves no room for what it does touch.
     if (this.frames + this.#pins.orphans > this.#quota()) return this.#stop("quota");
-    const gfns = this.#refused.filter((gfn) => !this.#pins.ledger.has(gfn));
-    for (let n = 0; n < SLICE_FRAMES && gfns.length < SLICE_FRAMES; n++) {
+    // A set, because the walk may have begun anew and come to what was refused.
+    const wanted = new Set(this.#refused.filter((gfn) => !this.#pins.ledger.has(gfn)));
+    for (let n = 0; n < SLICE_FRAMES && wanted.size < SLICE_FRAMES; n++) {
       const { done, value } = this.#rest.next();
       if (done) {
         this.#rest = this.#memory.frames()[Symbol.iterator]();
         break;
       }
-      if (!this.#pins.ledger.has(value)) gfns.push(value);
+      if (!this.#pins.ledger.has(value)) wanted.add(value);
     }
+    const gfns = [...wanted];
     try {
       this.#pins.pin(gfns, NO_TABLE);
     } catch (error) {

@@ -112,6 +112,17 @@ test("a host that refuses is asked again later, and what it has pinned stays", (
   assert.deepEqual([m.tracker.pinned, progress(m)[2]], [RAM_FRAMES, 0]);
 });
 
+test("regression: what the last slice was refused is pinned once, though the walk has begun anew", () => {
+  const m = guest({ beforeActivation: "none", regions: [ramRegion(0, 100)] });
+  m.pinner.pagesMax = 50;
+  m.clock.time += TIMEOUT;
+  assert.throws(() => live(m), { code: "ERR_COIOMMU_HOST" });
+  m.pinner.pagesMax = Number.POSITIVE_INFINITY;
+  m.clock.time += LATER;
+  live(m);
+  assert.deepEqual([m.tracker.pinned, m.pinner.pages.size], [100, 100]);
+});
+
 test("a quota below what the guest has: nothing is pinned for nothing, until it is raised", () => {
   const m = guest({ quota: 300 });
   m.clock.time += TIMEOUT;
