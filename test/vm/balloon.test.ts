@@ -134,6 +134,7 @@ test("attached to a QEMU of somebody else, whose balloon somebody else fills", a
     assigned: [],
     disks: [{ sizeMiB: DISK }],
     policy: "off",
+    activationTimeout: Number.POSITIVE_INFINITY,
     interval: milliseconds(INTERVAL_MS),
     pinner: "io_uring",
     quota: () => Number.POSITIVE_INFINITY,

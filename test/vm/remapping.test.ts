@@ -34,7 +34,7 @@ for (const strategy of ["viommu-strict", "viommu-lazy"] as const)
     const c = await readCounters(agent);
     assert.equal(c.pin_requests, 0);
     assert.ok(c.map_requests! >= c.map!, "each mapping is a MAP at least");
-    assert.equal(c.unmap_requests, c.unmap);
+    assert.ok(c.unmap_requests! >= c.unmap!, "one that a busy device delays is made again");
     assert.deepEqual([c.unmap, c.frames_unmapped], [c.map, c.frames_mapped]);
     const failures = ["map_failed", "map_refused", "iova_failed", "iova_leaked", "remap_off", "remap_lost"];
     assert.deepEqual(
