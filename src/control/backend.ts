@@ -59,7 +59,7 @@ export class Backend {
     this.#reactor.watch(data.socketFd, () => this.#serve());
     this.#reactor.watch(data.touchFd, () => {
       drainFd(data.touchFd);
-      this.#host.serveTouches();
+      this.#host.serveDevices();
     });
   }
 

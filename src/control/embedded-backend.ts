@@ -38,7 +38,7 @@ export class EmbeddedBackend {
     while (!this.#stopping) {
       const { rings } = this.#bell;
       this.#mailbox.serve();
-      this.#host.serveTouches();
+      this.#host.serveDevices();
       this.#commands.serve();
       if (!this.#stopping) this.#bell.sleep(rings, this.#host.work());
     }

@@ -18,7 +18,7 @@ import {
   type TrackingCounters,
 } from "../tracking/tracker.ts";
 import type { IdleRange, IdleSlice } from "../tracking/unpin-passes.ts";
-import { VirtioIommu } from "../virtio/iommu.ts";
+import { EVENT_QUEUE, VirtioIommu } from "../virtio/iommu.ts";
 import { VirtioPciFunction } from "../virtio/pci.ts";
 import type { DirtyCommands } from "./dirty.ts";
 import { ringAddresses } from "./ring-addresses.ts";
@@ -174,6 +174,7 @@ export class HostSide {
    * that is gone had mapped is unpinned as ever: when its driver has unmapped it. It is attached to no domain any more.
    */
   assign({ bdf, gate }: AssignedFunction): void {
+    this.#reportFaults(); // of what had this gate before
     this.#assigned.set(bdf, gate);
     if (gate !== undefined) this.#tracker.remapping.add(gate);
   }
@@ -183,9 +184,17 @@ export class HostSide {
     if (gate !== undefined) this.#tracker.remapping.remove(gate);
   }
 
-  /** Answer devices that ask for frames which they touch before the guest's driver is active. */
-  serveTouches(): void {
+  /**
+   * Answer devices that ask for frames which they touch before the guest's driver is active, and tell the guest of DMA
+   * faults.
+   */
+  serveDevices(): void {
+    this.#reportFaults();
     this.#iommu.serveRequests((gfn) => this.#tracker.touchedByFirmware(gfn));
+  }
+
+  #reportFaults(): void {
+    this.function.withQueue(EVENT_QUEUE, (queue) => this.#device.reportFaults(queue));
   }
 
   /** At most one slice of what is due, of each kind. Returns for how many ms nothing will be due. */

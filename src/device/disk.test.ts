@@ -37,6 +37,7 @@ class Gate implements DmaGate {
   request() {
     return false;
   }
+  fault() {}
 }
 
 function setUp() {

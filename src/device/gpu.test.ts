@@ -31,7 +31,7 @@ function setUp() {
   const memory = ram(1024);
   const forbidden = new Set<number>();
   const translate = (page: number) => (forbidden.has(page * 4096) ? NO_FRAME : (page as Gfn));
-  const gate = { enter() {}, leave() {}, translate, request: () => false };
+  const gate = { enter() {}, leave() {}, translate, request: () => false, fault() {} };
   const counters = zeroCounters();
   const gpu = new Gpu(new GatedMemory(memory, gate), counters);
   gpu.start({ ring: { iova: RING as Iova, size: SIZE }, table: TABLE as Iova, pages: PAGES });

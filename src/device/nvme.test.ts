@@ -32,6 +32,7 @@ function setUp({ size = 4, store = new MemoryStore(BLOCKS) } = {}) {
     leave() {},
     translate: (page: number) => (forbidden.has(page * 4096) ? NO_FRAME : (page as Gfn)),
     request: () => false,
+    fault() {},
   };
   const counters = zeroCounters();
   const controller = new NvmeController(new GatedMemory(memory, gate), store, counters);

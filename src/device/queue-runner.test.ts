@@ -17,6 +17,7 @@ function setUp(handle: (chain: Chain) => number = () => 1) {
     leave() {},
     translate: (page) => (forbidden.has(page as Gfn) ? NO_FRAME : (page as Gfn)),
     request: () => false,
+    fault() {},
   };
   const layout = { size: 8, desc: 0x1000 as Gpa, driver: 0x2000 as Gpa, device: 0x3000 as Gpa };
   const queue = new SplitQueue(new GatedMemory(memory, gate), layout);

@@ -8,7 +8,13 @@ import { MemoryStore } from "./block-store.ts";
 import { serveDisk } from "./disk.ts";
 import { FrontEnd, memoryTable, USER_ADDRESS } from "./front-end.ts";
 
-const open: DmaGate = { enter() {}, leave() {}, translate: (page) => page as Gfn, request: () => false };
+const open: DmaGate = {
+  enter() {},
+  leave() {},
+  translate: (page) => page as Gfn,
+  request: () => false,
+  fault() {},
+};
 const hex = (text: string) => new Uint8Array(Buffer.from(text.replaceAll(/\s/g, ""), "hex"));
 
 function setUp(frontEnd = new FrontEnd()) {

@@ -3,7 +3,7 @@ import test from "node:test";
 import { ram } from "../../test/support/guest.ts";
 import type { Gfn } from "../base/units.ts";
 import { type DmaGate, GatedMemory, NO_FRAME } from "./gated-memory.ts";
-import { GuestMemory } from "./guest-memory.ts";
+import { type DmaAccess, GuestMemory } from "./guest-memory.ts";
 
 const FAULT = { code: "ERR_COIOMMU_DMA_FAULT" };
 
@@ -35,6 +35,9 @@ class LoggedGate implements DmaGate {
     this.log.push(`request ${gfn}`);
     if (this.grants.get(gfn) === "pin") this.mapped.add(gfn);
     return this.grants.has(gfn);
+  }
+  fault(address: number, access: DmaAccess): void {
+    this.log.push(`fault ${access} ${address}`);
   }
 }
 
@@ -79,7 +82,8 @@ for (const [name, access] of accesses) {
       ...FAULT,
       gpa: 0x2000,
     });
-    assert.deepEqual(gate.log, ["enter", "translate 2", "leave", "request 2"]);
+    const kind = ["write", "transfer", "store16"].includes(name) ? "write" : "read";
+    assert.deepEqual(gate.log, ["enter", "translate 2", "leave", "request 2", `fault ${kind} ${0x2000}`]);
   });
   test(`${name} of a frame that is mapped but not RAM leaves no window open`, () => {
     const gate = new LoggedGate([100]);
@@ -97,7 +101,7 @@ test("nothing is transferred when any frame of the range is not mapped", () => {
     const gated = new GatedMemory(memory, gate);
     assert.throws(() => gated.write(0x1800, new Uint8Array(0x2000).fill(1)), {
       ...FAULT,
-      gpa: missing * 4096,
+      gpa: missing === 1 ? 0x1800 : missing * 4096,
     });
     assert.ok(memory.regions[0]!.bytes.every((b) => b === 0));
   }
@@ -129,7 +133,7 @@ test("a host that says it pinned and did not ends in a fault, not in a loop", ()
     ],
   );
   assert.throws(() => new GatedMemory(ram(8), gate).read(0x1000, new Uint8Array(0x2000)), FAULT);
-  assert.equal(gate.open, 0);
+  assert.deepEqual([gate.open, gate.log.at(-1)], [0, "fault read 4096"]);
 });
 
 test("an access of no bytes is checked like one of one byte", () => {
@@ -154,14 +158,16 @@ function translating(pages: Record<number, number>, readOnly: number[] = []) {
   memory.regions[0]!.bytes.forEach((_, i, all) => {
     all[i] = i >> 12;
   });
+  const faults: [address: number, access: DmaAccess][] = [];
   const gate: DmaGate = {
     enter() {},
     leave() {},
     translate: (page, access) =>
       access === "write" && readOnly.includes(page) ? NO_FRAME : ((pages[page] ?? NO_FRAME) as Gfn),
     request: () => false,
+    fault: (address, access) => void faults.push([address, access]),
   };
-  return { memory, gated: new GatedMemory(memory, gate) };
+  return { memory, gated: new GatedMemory(memory, gate), faults };
 }
 /** The frames that bytes came from, with how many of each. */
 const runs = (bytes: Uint8Array) => [...bytes].reduce((n, b) => n.set(b, (n.get(b) ?? 0) + 1), new Map());
@@ -205,11 +211,18 @@ for (const [name, access] of [
   ["store16", (m: GatedMemory) => m.store16(3 * 4096, 9)],
 ] as const)
   test(`${name} to a page that is mapped for reading alone faults, and nothing is written`, () => {
-    const { gated, memory } = translating({ 2: 6, 3: 1 }, [3]);
+    const { gated, memory, faults } = translating({ 2: 6, 3: 1 }, [3]);
     assert.throws(() => access(gated), { ...FAULT, gpa: 3 * 4096 });
+    assert.deepEqual(faults, [[3 * 4096, "write"]]);
     assert.ok(memory.regions[0]!.bytes.every((b, i) => b === i >> 12));
     gated.read(3 * 4096, new Uint8Array(1));
   });
+
+test("a fault behind pages that are apart is told of its own page, once", () => {
+  const { gated, faults } = translating({ 2: 7, 3: 1 });
+  assert.throws(() => gated.read(2 * 4096 + 9, new Uint8Array(9000)), { ...FAULT, gpa: 4 * 4096 });
+  assert.deepEqual(faults, [[4 * 4096, "read"]]);
+});
 
 test("a range of which a later page leads outside RAM is not transferred in part", () => {
   const { gated, memory } = translating({ 2: 6, 3: 900 });

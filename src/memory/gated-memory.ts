@@ -17,6 +17,8 @@ export interface DmaGate {
    * the guest's driver is active, and to a device in bypass, is that granted (abi.md section 4, "undecided").
    */
   request(gfn: Gfn): boolean;
+  /** Told of an access that does not happen: translate() has just said so of `address`, and request() has not helped. */
+  fault(address: number, access: DmaAccess): void;
 }
 
 /**
@@ -88,9 +90,15 @@ export class GatedMemory implements GuestAccess {
       } finally {
         this.#gate.leave();
       }
-      if (!this.#gate.request(missing as Gfn)) throw new DmaFault(missing * FRAME_SIZE);
+      if (!this.#gate.request(missing as Gfn)) throw this.#fault(address, missing, access);
     }
-    throw new DmaFault(address);
+    throw this.#fault(address, first, access);
+  }
+
+  #fault(address: number, page: number, access: DmaAccess): DmaFault {
+    const first = Math.max(address, page * FRAME_SIZE);
+    this.#gate.fault(first, access);
+    return new DmaFault(first);
   }
 
   /** The same for pages that are apart in guest memory, inside the window. */
@@ -104,7 +112,7 @@ export class GatedMemory implements GuestAccess {
     for (let from = 0; from < length; ) {
       const page = gfnOf(address + from);
       const gfn = this.#gate.translate(page, access);
-      if (gfn === NO_FRAME) throw new DmaFault(page * FRAME_SIZE);
+      if (gfn === NO_FRAME) throw this.#fault(address, page, access);
       const gpa = address + from + (gfn - page) * FRAME_SIZE;
       if (!this.#memory.find(gpa, 1)) throw new NotGuestRam(gpa, 1);
       const to = Math.min(length, (page + 1) * FRAME_SIZE - address);

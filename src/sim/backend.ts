@@ -6,11 +6,11 @@ import type { DirtySlice } from "../tracking/dirty.ts";
 import type { AssignedBus, BeforeActivation } from "../tracking/life.ts";
 import { SoftwareIommu } from "../tracking/software-iommu.ts";
 import { Tracker, type TrackerOptions, type TrackingCounters } from "../tracking/tracker.ts";
-import type { Assigned, PciFunction } from "../virtio/device.ts";
+import type { Assigned } from "../virtio/device.ts";
 import { VIRTIO_IOMMU_S_OK } from "../wire/virtio-iommu.ts";
 import type { Bus } from "./bus.ts";
 import { FakeHost, type HostFaults, type HostObserver } from "./fake-host.ts";
-import type { FrontEnd } from "./front-end.ts";
+import type { FrontEnd, Served } from "./front-end.ts";
 import { HostTurn } from "./host-turn.ts";
 import { SteppedMemory, SteppedWords } from "./stepped-memory.ts";
 import { Violation } from "./turn.ts";
@@ -70,7 +70,7 @@ export class Backend implements Actor {
   #memory: GuestMemory;
   #iommu: SoftwareIommu;
   #tracker: CheckedTracker;
-  #pci: PciFunction;
+  #served: Served;
   #job: (() => void) | undefined;
   readonly #orders: ((tracker: Tracker) => void)[] = [];
   #rung = false;
@@ -92,7 +92,8 @@ export class Backend implements Actor {
     });
     const makeHost = options.makeHost ?? ((...args) => new FakeHost(...args));
     this.host = makeHost(this.#turn, options.faults, options.observer);
-    ({ memory: this.#memory, iommu: this.#iommu, tracker: this.#tracker, pci: this.#pci } = this.#start());
+    const started = this.#start();
+    ({ memory: this.#memory, iommu: this.#iommu, tracker: this.#tracker, served: this.#served } = started);
     this.#job = () => this.#tracker.setMemory(options.memory.regions);
   }
 
@@ -111,7 +112,7 @@ export class Backend implements Actor {
   }
 
   resetMachine(): void {
-    this.#job = () => this.#pci.reset();
+    this.#job = () => this.#served.pci.reset();
   }
 
   ready(): boolean {
@@ -157,10 +158,12 @@ export class Backend implements Actor {
   /** Requests first; an unpin pass in slices between them. */
   #nextJob(): () => void {
     const { bus, kickLost, passInterval, turns } = this.#o;
-    if (bus.pending.length > 0) return () => bus.deliver(this.#pci, bus.pending[0]!.kick && kickLost());
+    if (bus.pending.length > 0)
+      return () => bus.deliver(this.#served.pci, bus.pending[0]!.kick && kickLost());
     if (this.#rung)
       return () => {
         this.#rung = false;
+        this.#served.reportFaults();
         this.#iommu.serveRequests((gfn) => this.#tracker.touchedByFirmware(gfn));
       };
     const order = this.#orders.shift();
@@ -194,7 +197,8 @@ export class Backend implements Actor {
     this.#o.died();
     this.#orders.length = 0;
     this.#o.bus.drop();
-    ({ memory: this.#memory, iommu: this.#iommu, tracker: this.#tracker, pci: this.#pci } = this.#start());
+    const started = this.#start();
+    ({ memory: this.#memory, iommu: this.#iommu, tracker: this.#tracker, served: this.#served } = started);
     this.#inPass = this.#inHarvest = false;
     this.#job = () => {
       this.#memory.setRegions(this.#o.memory.regions);
@@ -229,7 +233,7 @@ export class Backend implements Actor {
       this.host,
     );
     if (this.#o.harvestInterval < Number.POSITIVE_INFINITY) tracker.dirty.start();
-    return { memory, iommu, tracker, pci: this.#o.frontEnd.serve({ memory, tracker, assigned }) };
+    return { memory, iommu, tracker, served: this.#o.frontEnd.serve({ memory, tracker, assigned }) };
   }
 }
 

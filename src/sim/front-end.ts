@@ -9,7 +9,7 @@ import type { GuestMemory } from "../memory/guest-memory.ts";
 import type { Tracker } from "../tracking/tracker.ts";
 import { CrosvmFunction } from "../virtio/crosvm-function.ts";
 import type { Assigned, PciFunction } from "../virtio/device.ts";
-import { VirtioIommu } from "../virtio/iommu.ts";
+import { EVENT_QUEUE, VirtioIommu } from "../virtio/iommu.ts";
 import { VirtioPciFunction } from "../virtio/pci.ts";
 
 /** A guest driver on one CPU, whichever function it drives. */
@@ -29,11 +29,18 @@ export interface Places<Own = unknown> {
   readonly pages: readonly Gpa[];
 }
 
+/** The backend's side of a function. */
+export interface Served {
+  readonly pci: PciFunction;
+  /** Tell the guest of DMA faults, if the function can. */
+  reportFaults(): void;
+}
+
 /** One of the PCI functions that the backend answers as, and its driver. */
 export interface FrontEnd<Own = unknown> {
   /** Whether a driver learns why it was refused; otherwise it only sees that P is clear. */
   readonly tellsWhy: boolean;
-  serve(o: { memory: GuestMemory; tracker: Tracker; assigned: Assigned }): PciFunction;
+  serve(o: { memory: GuestMemory; tracker: Tracker; assigned: Assigned }): Served;
   /** On CPU 0. */
   activate(on: DriverCpu, pages: PageAllocator, cpus: number): Places<Own>;
   open(on: DriverCpu, cpu: number, places: Places<Own>): FrontEndDriver;
@@ -41,8 +48,11 @@ export interface FrontEnd<Own = unknown> {
 
 const virtioIommu: FrontEnd<DriverPlaces> = {
   tellsWhy: true,
-  serve: (o) =>
-    new VirtioPciFunction(new VirtioIommu({ ...o, pinPage: true, hostError: () => {} }), o.memory),
+  serve(o) {
+    const device = new VirtioIommu({ ...o, pinPage: true, hostError: () => {} });
+    const pci = new VirtioPciFunction(device, o.memory);
+    return { pci, reportFaults: () => pci.withQueue(EVENT_QUEUE, (queue) => device.reportFaults(queue)) };
+  },
   activate(on, pages, cpus) {
     const own = GuestDriver.activate(on, pages, cpus).places;
     return { own, table: own.table, pages: [own.queue.desc, own.page] };
@@ -62,7 +72,10 @@ const virtioIommu: FrontEnd<DriverPlaces> = {
 
 const crosvm: FrontEnd<CrosvmPlaces> = {
   tellsWhy: false,
-  serve: (o) => new CrosvmFunction({ ...o, hostError: () => {} }),
+  serve: (o) => ({
+    pci: new CrosvmFunction({ ...o, hostError: () => {} }),
+    reportFaults: () => o.tracker.faults.serve(() => false), // it has no event queue
+  }),
   activate(on, pages, cpus) {
     const own = CrosvmDriver.activate(on, pages, cpus).places;
     return { own, table: own.table, pages: own.lists };

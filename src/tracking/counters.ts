@@ -33,6 +33,9 @@ export const TRACKING_COUNTERS = [
   "passes",
   /** Frames that the last complete pass found mapped. */
   "framesMapped",
+  /** DMA faults of assigned devices that were written to the guest's event queue, and all others. */
+  "faultsReported",
+  "faultsDropped",
   ...TRACKING_STATE,
 ] as const;
 export type TrackingCounters = Counters<(typeof TRACKING_COUNTERS)[number]>;

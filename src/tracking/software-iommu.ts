@@ -4,7 +4,15 @@ import { type Gfn, milliseconds } from "../base/units.ts";
 import { type DmaGate, NO_FRAME } from "../memory/gated-memory.ts";
 import type { DmaAccess } from "../memory/guest-memory.ts";
 import { SharedWords } from "../memory/shared-words.ts";
-import { VIRTIO_IOMMU_MAP_F_READ, VIRTIO_IOMMU_MAP_F_WRITE } from "../wire/virtio-iommu.ts";
+import {
+  VIRTIO_IOMMU_FAULT_R_DOMAIN,
+  VIRTIO_IOMMU_FAULT_R_MAPPING,
+  VIRTIO_IOMMU_FAULT_R_UNKNOWN,
+  VIRTIO_IOMMU_MAP_F_READ,
+  VIRTIO_IOMMU_MAP_F_WRITE,
+} from "../wire/virtio-iommu.ts";
+import type { TrackingCounters } from "./counters.ts";
+import { FAULT_WORDS, FaultLog, putFault } from "./faults.ts";
 import { ENTRY_FLAGS, ENTRY_FRAMES, IovaTables, walk } from "./iova-tables.ts";
 
 /** The word at the start of the shared table. */
@@ -27,7 +35,9 @@ const GRANTED = 2;
 const REFUSED = 3;
 
 export const DEVICES_MAX = 8;
-const BITMAP = DEVICES + DEVICES_MAX * PER_DEVICE;
+/** Per device, behind those: faults that the guest is to be told of. */
+const FAULTS = DEVICES + DEVICES_MAX * PER_DEVICE;
+const BITMAP = FAULTS + DEVICES_MAX * FAULT_WORDS;
 
 /** Contexts: bit 0, OPEN, lets a device reach frames that are not pinned; the rest is one of these, or a table. */
 const OPEN = 1;
@@ -55,9 +65,10 @@ export function createIommuBuffer(frames: number): SharedArrayBuffer {
 }
 /** Whether a word stays as it is in a machine with `devices` devices, whose IOMMU is not opened and has no domains. */
 export const isIdleIommuWord = (index: number, devices: number): boolean =>
-  index >= DEVICES &&
-  index < BITMAP &&
-  (index >= DEVICES + devices * PER_DEVICE || (index - DEVICES) % PER_DEVICE === CONTEXT);
+  index < FAULTS
+    ? index >= DEVICES + devices * PER_DEVICE ||
+      (index >= DEVICES && (index - DEVICES) % PER_DEVICE === CONTEXT)
+    : index >= FAULTS + devices * FAULT_WORDS && index < BITMAP;
 
 /** What createIommuBuffer() made, or a view of it: the simulator's shows each access. */
 export type IommuTable = SharedArrayBuffer | SharedWords;
@@ -154,6 +165,15 @@ export class SoftwareIommu {
     return true;
   }
 
+  /** The faults of all devices. */
+  faultLog(counters: TrackingCounters): FaultLog {
+    return new FaultLog(
+      this.#words,
+      Array.from({ length: DEVICES_MAX }, (_, d) => faultsAt(d)),
+      counters,
+    );
+  }
+
   /** Answer the devices' requests for a frame: `pin` returns whether it is pinned now. */
   serveRequests(pin: (gfn: Gfn) => boolean): void {
     for (let device = 0; device < DEVICES_MAX; device++) {
@@ -170,6 +190,13 @@ function deviceAt(device: number): number {
   invariant(device < DEVICES_MAX, `device ${device} of ${DEVICES_MAX}`);
   return DEVICES + device * PER_DEVICE;
 }
+const faultsAt = (device: number): number => FAULTS + device * FAULT_WORDS;
+
+/** VIRTIO 1.2 section 5.13.6.9 has no reason for an endpoint in bypass: what it did not reach is not pinned. */
+function faultReason(context: number): number {
+  if (context <= (BYPASS | OPEN)) return VIRTIO_IOMMU_FAULT_R_UNKNOWN;
+  return context < TABLES ? VIRTIO_IOMMU_FAULT_R_DOMAIN : VIRTIO_IOMMU_FAULT_R_MAPPING;
+}
 
 const contextAt = (device: number): number => deviceAt(device) + CONTEXT;
 
@@ -177,15 +204,19 @@ const contextAt = (device: number): number => deviceAt(device) + CONTEXT;
 export class DeviceGate implements DmaGate {
   readonly #words: SharedWords;
   readonly #base: number;
+  readonly #faults: number;
   readonly #frames: number;
   readonly #pool: number;
   readonly #ring: () => void;
+  /** The context in which a page led nowhere last. */
+  #refusedIn: number = BYPASS;
 
-  /** `device`: this device's number, below DEVICES_MAX. `ring`: wake the backend for a request. */
+  /** `device`: this device's number, below DEVICES_MAX. `ring`: wake the backend for a request or a fault. */
   constructor(table: IommuTable, device: number, ring: () => void) {
     if (device >= DEVICES_MAX) throw new InvariantViolation(`device ${device} of ${DEVICES_MAX}`);
     this.#words = wordsOf(table);
     this.#base = DEVICES + device * PER_DEVICE;
+    this.#faults = faultsAt(device);
     this.#frames = framesOf(this.#words);
     this.#pool = poolOf(this.#words);
     this.#ring = ring;
@@ -206,9 +237,20 @@ export class DeviceGate implements DmaGate {
 
   translate(page: number, access: DmaAccess): Gfn | typeof NO_FRAME {
     const context = this.#words.load(this.#base + CONTEXT);
-    if (context === BYPASS) return this.#isPinned(page) ? (page as Gfn) : NO_FRAME;
+    if (context === BYPASS) return this.#isPinned(page) ? (page as Gfn) : this.#refuse(context);
     const gfn = context <= (BYPASS | OPEN) ? page : this.#find(context, page, access);
-    return gfn >= 0 && ((context & OPEN) !== 0 || this.#isPinned(gfn)) ? (gfn as Gfn) : NO_FRAME;
+    if (gfn >= 0 && ((context & OPEN) !== 0 || this.#isPinned(gfn))) return gfn as Gfn;
+    return this.#refuse(context);
+  }
+
+  #refuse(context: number): typeof NO_FRAME {
+    this.#refusedIn = context;
+    return NO_FRAME;
+  }
+
+  fault(address: number, access: DmaAccess): void {
+    putFault(this.#words, this.#faults, { address, access, reason: faultReason(this.#refusedIn) });
+    this.#ring();
   }
 
   /** Whether the device may write to an address. */

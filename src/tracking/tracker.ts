@@ -8,6 +8,7 @@ import { BackgroundPins, STOPPED_BY } from "./background-pins.ts";
 import { countPinned, type TrackingCounters } from "./counters.ts";
 import { DirtyTracking } from "./dirty.ts";
 import { DmaTrackingTable } from "./dtt.ts";
+import type { FaultLog } from "./faults.ts";
 import { type Ledger, NO_TABLE } from "./ledger.ts";
 import {
   type AssignedBus,
@@ -59,6 +60,7 @@ export interface TrackerOptions {
 export class Tracker {
   /** Domains of endpoints, which pin and unpin here. */
   readonly remapping: Remapping;
+  readonly faults: FaultLog;
   readonly #o: TrackerOptions;
   readonly #pins: Pins;
   readonly #ledger: Ledger;
@@ -98,6 +100,7 @@ export class Tracker {
       unpinAll: () => this.#unpinAll(),
     });
     this.remapping = new Remapping(options.iommu, this);
+    this.faults = options.iommu.faultLog(options.counters);
     options.counters.startedAt = options.counters.changedAt = options.clock.now();
     options.iommu.setGranting(this.#granting);
     this.#show();

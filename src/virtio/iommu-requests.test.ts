@@ -210,7 +210,7 @@ test("a malformed chain is given back with length 0, and the requests behind it 
   assert.deepEqual([r.held(7), r.device.badRequests], [[true], 1]);
 });
 
-test("nothing happens on the event queue", () => {
+test("a kick of the event queue with nothing to report does nothing", () => {
   const r = activeViommu();
   r.driver.add([], [buffer(REPLY, 24)]);
   r.device.kick(1, r.queue);

@@ -45,10 +45,12 @@ import {
   VIRTIO_IOMMU_T_UNMAP,
 } from "../wire/virtio-iommu.ts";
 import type { Assigned, VirtioDevice } from "./device.ts";
+import { FaultReports } from "./fault-reports.ts";
 import { type InputRange, MSI_WINDOW, RemappingRequests } from "./iommu-requests.ts";
-import { type Buffer, type Chain, lengthOf, MalformedChain, type SplitQueue } from "./queue.ts";
+import { type Buffer, type Chain, lengthOf, MalformedChain, type SplitQueue, scatter } from "./queue.ts";
 
 const REQUEST_QUEUE = 0;
+export const EVENT_QUEUE = 1;
 /** Descriptors per queue: a driver has one synchronous request of two buffers at a time. */
 const QUEUE_SIZE = 64;
 /** Ranges in one PIN request: covers the longest scatter list of our disk (126 segments) and its header. */
@@ -84,10 +86,10 @@ export class VirtioIommu implements VirtioDevice {
   readonly #config = new Uint8Array(Config.size);
   readonly #request = new Uint8Array(REQUEST_MAX);
   readonly #remapping: RemappingRequests;
+  readonly #reports: FaultReports;
   #negotiated = 0n;
   #pinStatus = PIN_STATUS_OFF;
-  /** Requests that were malformed: what a correct driver never sends. */
-  badRequests = 0;
+  #badRequests = 0;
   configGeneration = 0;
 
   constructor(options: VirtioIommuOptions) {
@@ -101,7 +103,13 @@ export class VirtioIommu implements VirtioDevice {
       bit(VIRTIO_IOMMU_F_BYPASS_CONFIG) |
       (options.pinPage ? bit(VIRTIO_IOMMU_F_PIN_PAGE) | bit(VIRTIO_IOMMU_F_PIN_DIRTY) : 0n);
     this.#remapping = new RemappingRequests(options.tracker.remapping, options.assigned);
+    this.#reports = new FaultReports(options.memory, options.assigned);
     this.#resetConfig(1);
+  }
+
+  /** Requests and event buffers that were malformed: what a correct driver never sends. */
+  get badRequests(): number {
+    return this.#badRequests + this.#reports.badBuffers;
   }
 
   accepts(features: bigint): boolean {
@@ -117,6 +125,7 @@ export class VirtioIommu implements VirtioDevice {
 
   reset(): void {
     this.#negotiated = 0n;
+    this.reportFaults(undefined);
     const { tracker } = this.#o;
     if (tracker.active) tracker.deactivate("device-reset");
     // abi.md section 4, frozen: "as it was; nothing is unpinned".
@@ -244,7 +253,7 @@ export class VirtioIommu implements VirtioDevice {
   // --- requests --------------------------------------------------------------------------------------------------
 
   kick(index: number, queue: SplitQueue): void {
-    // The event queue holds buffers for fault reports; nothing is reported yet.
+    // Buffers of the event queue are looked for when there is something to report.
     if (index !== REQUEST_QUEUE) return;
     // Bounded: a driver on another CPU could refill the ring for ever.
     for (let n = 0; n < QUEUE_SIZE; n++) {
@@ -253,13 +262,18 @@ export class VirtioIommu implements VirtioDevice {
         chain = queue.pop();
       } catch (error) {
         if (!(error instanceof MalformedChain)) throw error;
-        this.badRequests++;
+        this.#badRequests++;
         queue.push(error.head, 0);
         continue;
       }
       if (!chain) return;
       queue.push(chain.head, this.#serve(chain));
     }
+  }
+
+  /** Tell the driver of DMA faults; without a queue it is told of none of those that are there. */
+  reportFaults(queue: SplitQueue | undefined): void {
+    this.#o.tracker.faults.serve((fault) => queue !== undefined && this.#reports.report(queue, fault));
   }
 
   /** Serve one request; returns the bytes written. Unanswerable ones return 0: no tail, or an unknown type. */
@@ -344,16 +358,11 @@ export class VirtioIommu implements VirtioDevice {
     const reply = new Uint8Array(payload.length + ReqTail.size);
     reply.set(payload);
     ReqTail.write(reply, { status }, payload.length);
-    let done = 0;
     try {
-      for (const { gpa, length } of buffers) {
-        this.#o.memory.write(gpa, reply.subarray(done, done + length));
-        done = Math.min(reply.length, done + length);
-      }
+      return scatter(this.#o.memory, buffers, reply);
     } catch (error) {
       return this.#peerMemory(error);
     }
-    return done;
   }
 
   #copyIn(buffers: readonly Buffer[], into: Uint8Array): boolean {
@@ -378,7 +387,7 @@ export class VirtioIommu implements VirtioDevice {
   }
 
   #bad(): number {
-    this.badRequests++;
+    this.#badRequests++;
     return 0;
   }
 }

@@ -1,117 +1,7 @@
 import assert from "node:assert/strict";
 import test from "node:test";
-import { ram } from "../../test/support/guest.ts";
 import { random } from "../../test/support/random.ts";
-import { ProtocolError } from "../base/errors.ts";
-import type { GuestMemory } from "../memory/guest-memory.ts";
-import { VirtioPciCommonCfg } from "../wire/pci.ts";
-import type { VirtioDevice } from "./device.ts";
-import { DriverQueue, layoutAt } from "./driver-queue.ts";
-import { VirtioPciFunction } from "./pci.ts";
-import type { SplitQueue } from "./queue.ts";
-
-const VERSION_1 = 1n << 32n;
-const FEATURES = VERSION_1 | (1n << 63n) | 0b111n;
-
-/** A device that answers each chain with its length, and remembers what the transport did to it. */
-class EchoDevice implements VirtioDevice {
-  readonly id = 23;
-  readonly features = FEATURES;
-  readonly queueSizes = [64, 16];
-  readonly configSize = 12;
-  configGeneration = 0;
-  readonly config = Uint8Array.from({ length: 12 }, (_, i) => 0xa0 + i);
-  readonly log: string[] = [];
-  /** Bit 1 is acceptable with bit 0 only. */
-  accepts(features: bigint): boolean {
-    return (features & 0b11n) !== 0b10n;
-  }
-  start(features: bigint): void {
-    this.log.push(`start ${features.toString(16)}`);
-  }
-  configRead(offset: number, into: Uint8Array): void {
-    into.set(this.config.subarray(offset, offset + into.length));
-  }
-  configWrite(offset: number, from: Uint8Array): void {
-    this.config.set(from, offset);
-  }
-  kick(index: number, queue: SplitQueue): void {
-    this.log.push(`kick ${index}`);
-    for (let chain = queue.pop(); chain; chain = queue.pop()) {
-      if (chain.readable[0]?.length === 666) throw new ProtocolError("cannot go on");
-      if (chain.readable[0]?.length === 667) throw new RangeError("a bug of the device");
-      queue.push(chain.head, chain.readable.length);
-    }
-  }
-  reset(): void {
-    this.log.push("reset");
-  }
-  machineReset(): void {
-    this.log.push("machine reset");
-  }
-}
-
-const BAR = 0xfebf_0000;
-type CommonField = keyof typeof VirtioPciCommonCfg.fields;
-
-/** What a driver does with the function: Linux's virtio_pci_modern, abridged. */
-function plugged(memory: GuestMemory = ram(64)) {
-  const device = new EchoDevice();
-  const pci = new VirtioPciFunction(device, memory);
-  device.log.length = 0;
-  pci.configWrite(0x10, 4, BAR);
-  pci.configWrite(0x04, 2, 6);
-  const field = (name: CommonField) => VirtioPciCommonCfg.fields[name];
-  const read = (name: CommonField) => pci.barRead(BAR + field(name).at, field(name).size);
-  const write = (name: CommonField, value: number | bigint) =>
-    pci.barWrite(BAR + field(name).at, field(name).size, BigInt(value));
-  return {
-    device,
-    pci,
-    memory,
-    read,
-    write,
-    /** 64 bits in two 32-bit halves, low first. */
-    write64(name: CommonField, value: number): void {
-      pci.barWrite(BAR + field(name).at, 4, BigInt(value % 2 ** 32));
-      pci.barWrite(BAR + field(name).at + 4, 4, BigInt(Math.floor(value / 2 ** 32)));
-    },
-    status: () => Number(read("deviceStatus")),
-    /** From reset to FEATURES_OK; returns the status after it. */
-    negotiate(features: bigint): number {
-      for (const status of [0, 1, 3]) write("deviceStatus", status);
-      for (const [half, shift] of [
-        [0, 0n],
-        [1, 32n],
-      ] as const) {
-        write("driverFeatureSelect", half);
-        write("driverFeature", (features >> shift) & 0xffff_ffffn);
-      }
-      write("deviceStatus", 11);
-      return Number(read("deviceStatus"));
-    },
-    enableQueue(index: number, gpa: number, size = 8): DriverQueue {
-      const layout = layoutAt(gpa, size);
-      write("queueSelect", index);
-      write("queueSize", size);
-      this.write64("queueDesc", layout.desc);
-      this.write64("queueDriver", layout.driver);
-      this.write64("queueDevice", layout.device);
-      write("queueEnable", 1);
-      return new DriverQueue(memory, layout);
-    },
-    notify: (index: number) => pci.barWrite(BAR + 0x3000 + 4 * index, 2, BigInt(index)),
-  };
-}
-
-/** A driver that came as far as DRIVER_OK, with queue 0. */
-function running() {
-  const rig = plugged();
-  assert.equal(rig.negotiate(VERSION_1 | 1n), 11);
-  const queue = rig.enableQueue(0, 0x1000);
-  rig.write("deviceStatus", 15);
-  return { ...rig, queue };
-}
+import { BAR, FEATURES, NEEDS_RESET, plugged, running, VERSION_1 } from "../../test/support/virtio-pci.ts";
 
 // --- configuration space ------------------------------------------------------------------------------------------------
 
@@ -327,7 +217,32 @@ test("notifications before DRIVER_OK, and of queues that are not there, do nothi
   );
 });
 
-const NEEDS_RESET = 64;
+test("the device may use a queue of its own accord from DRIVER_OK to reset, and only one that was set up", () => {
+  const rig = plugged();
+  const seen: boolean[] = [];
+  const look = () => rig.pci.withQueue(1, (queue) => seen.push(queue !== undefined));
+  rig.negotiate(VERSION_1);
+  const queue = rig.enableQueue(1, 0x1000);
+  look();
+  rig.write("deviceStatus", 15);
+  look();
+  rig.pci.withQueue(0, (other) => seen.push(other !== undefined));
+  queue.add([], [{ gpa: 0x8000 as never, length: 24 }]);
+  rig.pci.withQueue(1, (events) => events!.push(events!.pop()!.head, 24));
+  assert.deepEqual([seen, queue.poll()?.written], [[false, true, false], 24]);
+  rig.write("deviceStatus", 0);
+  look();
+  assert.equal(seen.at(-1), false);
+});
+
+test("what the driver spoils of such a queue makes the device need a reset, and it has no queue from then on", () => {
+  const rig = running();
+  rig.queue.offer(99);
+  rig.pci.withQueue(0, (queue) => void queue!.pop());
+  assert.deepEqual([rig.status(), rig.pci.peerErrors], [15 | NEEDS_RESET, 1]);
+  rig.pci.withQueue(0, (queue) => assert.equal(queue, undefined));
+});
+
 const breaks: Record<string, (rig: ReturnType<typeof running>) => void> = {
   "a head out of range": ({ queue, notify }) => {
     queue.offer(99);

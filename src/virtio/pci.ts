@@ -111,6 +111,11 @@ export class VirtioPciFunction implements PciFunction {
     this.#device.machineReset();
   }
 
+  /** Let the device use a queue of its own accord. Undefined: the driver has not set it up, or all must be reset. */
+  withQueue(index: number, use: (queue: SplitQueue | undefined) => void): void {
+    this.#guard(() => use(this.#live(index)));
+  }
+
   /** mpqemu gives absolute addresses; while the BAR is unmapped, 0-based ones. */
   #offset(address: number, size: number): number {
     const { bar0 } = PciHeader.read(this.#config);
@@ -212,10 +217,14 @@ export class VirtioPciFunction implements PciFunction {
   }
 
   #notify(index: number): void {
-    const ring = this.#queues[index]?.ring;
-    if (!ring || !(this.#status & VIRTIO_STATUS_DRIVER_OK) || this.#status & VIRTIO_STATUS_NEEDS_RESET)
-      return;
-    this.#guard(() => this.#device.kick(index, ring));
+    const ring = this.#live(index);
+    if (ring) this.#guard(() => this.#device.kick(index, ring));
+  }
+
+  #live(index: number): SplitQueue | undefined {
+    const live = VIRTIO_STATUS_DRIVER_OK;
+    const ready = (this.#status & (live | VIRTIO_STATUS_NEEDS_RESET)) === live;
+    return ready ? this.#queues[index]?.ring : undefined;
   }
 
   /** Section 2.1.2: a device that met what it cannot recover from sets DEVICE_NEEDS_RESET. */

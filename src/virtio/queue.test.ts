@@ -1,7 +1,7 @@
 import assert from "node:assert/strict";
 import test from "node:test";
 import { ram, ramRegion } from "../../test/support/guest.ts";
-import type { Gfn, Gpa } from "../base/units.ts";
+import { type Gfn, type Gpa, gfnOf } from "../base/units.ts";
 import { GatedMemory, NO_FRAME } from "../memory/gated-memory.ts";
 import { GuestMemory } from "../memory/guest-memory.ts";
 import {
@@ -276,15 +276,17 @@ test("after a DMA fault the entry stays, and a later pop serves it once the fram
     leave() {},
     translate: (page: number) => (mapped.has(page as Gfn) ? (page as Gfn) : NO_FRAME),
     request: () => false,
+    fault() {},
   };
   const layout = { ...layoutAt(0, SIZE), desc: 0x2000 as Gpa };
   const driver = new DriverQueue(memory, layout);
   const device = new SplitQueue(new GatedMemory(memory, gate), layout, { indirect: true });
   const head = driver.add(readable, writable, TABLE);
-  for (const gfn of [0, 2, 5] as Gfn[]) {
-    assert.throws(() => device.pop(), { code: "ERR_COIOMMU_DMA_FAULT", gpa: gfn * 4096 });
+  // The available ring's index, the descriptor, and the indirect table.
+  for (const gpa of [layout.driver + 2, layout.desc, TABLE]) {
+    assert.throws(() => device.pop(), { code: "ERR_COIOMMU_DMA_FAULT", gpa });
     assert.equal(device.next, 0);
-    mapped.add(gfn);
+    mapped.add(gfnOf(gpa));
   }
   assert.deepEqual(device.pop(), { head, readable, writable });
   // The same for push: the used index moves only with its element.

@@ -48,6 +48,16 @@ export class MalformedChain extends ProtocolError {
   }
 }
 
+/** Write bytes into buffers from the first on. Returns how many: all, or as many as there is room for. */
+export function scatter(memory: GuestAccess, buffers: readonly Buffer[], bytes: Uint8Array): number {
+  let done = 0;
+  for (const { gpa, length } of buffers) {
+    memory.write(gpa, bytes.subarray(done, done + length));
+    done = Math.min(bytes.length, done + length);
+  }
+  return done;
+}
+
 export const lengthOf = (buffers: readonly Buffer[]): number => buffers.reduce((sum, b) => sum + b.length, 0);
 
 /**
@@ -76,6 +86,10 @@ export class SplitQueue {
     this.#indirect = options.indirect ?? false;
     this.#next = options.next ?? 0;
     this.#used = this.#next;
+  }
+
+  get size(): number {
+    return this.#layout.size;
   }
 
   /** Index of the next available entry to serve, modulo 2^16. */

@@ -43,6 +43,7 @@ class Gate implements DmaGate {
     check(this.open === 0, "a device waits inside a DMA window");
     return false;
   }
+  fault(): void {}
 }
 
 /** `leaks`: a broken twin, whose session forgets the fds that it holds at its end. */

@@ -72,6 +72,7 @@ export class TestDma implements DmaApi {
     leave() {},
     translate: (page) => (this.isMapped(page) ? (page as Gfn) : NO_FRAME),
     request: () => false,
+    fault() {},
   };
   /** Every n-th attempt to map fails. */
   failEvery = Number.POSITIVE_INFINITY;

@@ -1,6 +1,6 @@
 import assert from "node:assert/strict";
 import type { HostError } from "../../src/base/errors.ts";
-import type { Bdf, Gpa } from "../../src/base/units.ts";
+import type { Gpa } from "../../src/base/units.ts";
 import type { GuestMemory } from "../../src/memory/guest-memory.ts";
 import type { Assigned } from "../../src/virtio/device.ts";
 import { DriverQueue, layoutAt } from "../../src/virtio/driver-queue.ts";
@@ -37,15 +37,20 @@ export const NOMEM = 8;
 export const DISK = 0x20;
 export const NIC = 0x103;
 export const FOREIGN = 0x140;
-const ASSIGNED: Assigned = new Map([
-  [DISK as Bdf, 0],
-  [NIC as Bdf, 1],
-  [FOREIGN as Bdf, undefined],
-]);
+const assignedFunctions = () =>
+  new Map<number, number | undefined>([
+    [DISK, 0],
+    [NIC, 1],
+    [FOREIGN, undefined],
+  ]);
 /** Where the driver keeps its bitmap, a request and the answer. */
 export const BITMAP = 1900 * 4096;
 export const REQUEST = 0x2_0000;
 export const REPLY = 0x3_0000;
+/** An address behind all RAM. */
+export const NOT_RAM = 2 ** 40;
+/** Event buffers that are the driver's own choice, one behind the other. */
+const EVENTS = 0x4_0000;
 
 export type ConfigField = keyof typeof Config.fields;
 export const buffer = (gpa: number, length: number): GuestBuffer => ({ gpa: gpa as Gpa, length });
@@ -109,16 +114,37 @@ function requests(memory: GuestMemory, device: VirtioIommu) {
   return { driver, queue, send, status, pin };
 }
 
+/** The driver's event queue. */
+function eventQueue(memory: GuestMemory, device: VirtioIommu) {
+  const layout = layoutAt(0x1_4000, 16);
+  const events = new DriverQueue(memory, layout);
+  const queue = new SplitQueue(memory, layout);
+  /** Where each buffer begins, by its head. */
+  const eventBuffers = new Map<number, number>();
+  return {
+    events,
+    eventQueue: queue,
+    eventBuffers,
+    giveEvent(writable?: readonly GuestBuffer[], readable: readonly GuestBuffer[] = []): void {
+      const own = [buffer(EVENTS + 64 * eventBuffers.size, 24)];
+      const head = events.add(readable, writable ?? own);
+      eventBuffers.set(head, writable ? REPLY : own[0]!.gpa);
+    },
+    reportFaults: () => device.reportFaults(queue),
+  };
+}
+
 /** The device over a real tracker and a fake host, with its driver. Frames 0 to 1,023 have units. */
 export function viommu({ pinPage = true, ...options }: ViommuOptions = {}) {
   const m = machine(options);
   m.table.unit(0);
   const { memory, tracker } = m;
   const hostErrors: HostError[] = [];
+  const functions = assignedFunctions();
   const device = new VirtioIommu({
     memory,
     tracker,
-    assigned: ASSIGNED,
+    assigned: functions as ReadonlyMap<number, number | undefined> as Assigned,
     pinPage,
     hostError: (error) => hostErrors.push(error),
   });
@@ -126,6 +152,8 @@ export function viommu({ pinPage = true, ...options }: ViommuOptions = {}) {
   return {
     ...m,
     ...requests(memory, device),
+    ...eventQueue(memory, device),
+    functions,
     device,
     hostErrors,
     get,
