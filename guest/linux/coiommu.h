@@ -9,6 +9,8 @@
 
 #include "coiommu_abi.h"
 
+struct virtqueue;
+
 #ifndef CONFIG_64BIT
 #error "coiommu counts in 64-bit per-CPU words: 64-bit kernels only"
 #endif
@@ -59,7 +61,8 @@
 	X(unmap_refused)	/* UNMAP requests that did not succeed */ \
 	X(iova_leaked)		/* pages of addresses whose UNMAP never did */ \
 	X(remap_lost)		/* ATTACH ... UNMAP without an answer in time */ \
-	X(kicks)		/* notifications: what leaves the guest for requests */
+	X(kicks)		/* notifications: what leaves the guest for requests */ \
+	X(faults)		/* DMA faults that the device reported */
 
 struct seq_file;
 
@@ -302,6 +305,13 @@ const struct coiommu_limits *coiommu_viommu_limits(void);
 void coiommu_viommu_read_assigned(void);
 int coiommu_viommu_register(void);
 void coiommu_viommu_unregister(void);
+
+/* faults.c: the event queue of the virtio device */
+
+int coiommu_faults_open(struct virtqueue *vq);
+void coiommu_faults_start(void);
+void coiommu_faults_stop(void);
+void coiommu_faults_close(void);
 
 /* selftest.c */
 

@@ -222,7 +222,10 @@ static int activate(struct virtio_device *vdev)
 
 static int start(struct virtio_device *vdev)
 {
+	static const char * const names[] = { "request", "event" };
+	vq_callback_t *callbacks[] = { NULL, NULL };
 	u32 batch_max = virtio_cread32(vdev, VIRTIO_IOMMU_CONFIG_PIN_BATCH_MAX);
+	struct virtqueue *vqs[ARRAY_SIZE(names)];
 	int ret;
 
 	if (!batch_max) {
@@ -236,19 +239,21 @@ static int start(struct virtio_device *vdev)
 	if (!viommu.assigned)
 		return -ENOMEM;
 
-	/* Without the event queue: some transports cannot interrupt. */
-	viommu.vq = virtio_find_single_vq(vdev, NULL, "request");
-	if (IS_ERR(viommu.vq)) {
-		ret = PTR_ERR(viommu.vq);
-		viommu.vq = NULL;
+	/* Both are polled: some transports cannot interrupt. */
+	ret = virtio_find_vqs(vdev, ARRAY_SIZE(vqs), vqs, callbacks, names, NULL);
+	if (ret)
 		return ret;
-	}
+	viommu.vq = vqs[0];
+	ret = coiommu_faults_open(vqs[1]);
+	if (ret)
+		return ret;
 	coiommu_pin_limit(batch_max);
 	read_limits(vdev);
 	ret = coiommu_requests_open(&channel);
 	if (ret)
 		return ret;
 	virtio_device_ready(vdev);
+	coiommu_faults_start();
 	return activate(vdev);
 }
 
@@ -257,10 +262,12 @@ static void stop(struct virtio_device *vdev)
 {
 	coiommu_requests_disable();
 	if (viommu.vq) {
+		coiommu_faults_stop();
 		virtio_cwrite8(vdev, VIRTIO_IOMMU_CONFIG_PIN_CONTROL,
 			       VIRTIO_IOMMU_PIN_CONTROL_OFF);
 		virtio_reset_device(vdev);
 		virtqueue_detach_unused_buf(viommu.vq);
+		coiommu_faults_close();
 		coiommu_requests_close();
 		vdev->config->del_vqs(vdev);
 		viommu.vq = NULL;
