@@ -6,6 +6,7 @@ import {
   buffer,
   DISK,
   FAULT,
+  FOREIGN,
   INVAL,
   IOERR,
   NOENT,
@@ -221,12 +222,24 @@ test("a kick of the event queue with nothing to report does nothing", () => {
 
 const probe = (endpoint: number) => ReqProbe.encode({ type: 5, endpoint });
 
-test("PROBE of an assigned function: the MSI window is reserved", () => {
-  const { written, reply } = viommu().send(probe(DISK), [buffer(REQUEST, 72)], [buffer(REPLY, 68)]);
-  const resvMem = "01001400010000000000e0fe00000000ffffeffe00000000";
-  assert.equal(written, 68);
-  assert.equal(Buffer.from(reply).toString("hex"), resvMem.padEnd(2 * 68, "0"));
-});
+for (const [what, request] of Object.entries({
+  "an assigned function": probe(DISK),
+  "a function behind another IOMMU": probe(FOREIGN),
+  "an assigned function, with reserved bytes": ReqProbe.encode({
+    ...{
+      type: 5,
+      endpoint: DISK,
+      headReserved: Uint8Array.of(1, 2, 3),
+      reserved: new Uint8Array(64).fill(9),
+    },
+  }),
+}))
+  test(`PROBE of ${what}: the MSI window is reserved, and nothing else`, () => {
+    const { written, reply } = viommu().send(request, [buffer(REQUEST, 72)], [buffer(REPLY, 68)]);
+    const resvMem = "01001400010000000000e0fe00000000ffffeffe00000000";
+    assert.equal(written, 68);
+    assert.equal(Buffer.from(reply).toString("hex"), resvMem.padEnd(2 * 68, "0"));
+  });
 
 test("PROBE's properties and tail are found when the driver gives them in separate buffers", () => {
   const writable = [buffer(REPLY, 63), buffer(REPLY + 100, 1), buffer(REPLY + 200, 4)];
@@ -243,6 +256,15 @@ for (const endpoint of [0, 0x21, 0x1_0020, 0xffff_ffff])
 for (const [what, length, room] of [
   ["short", 71, 68],
   ["without room for the properties", 72, 67],
+  ["without any room for properties", 72, 4],
 ] as const)
-  test(`a PROBE that is ${what} is answered with INVAL`, () =>
-    assert.equal(viommu().status(probe(DISK).subarray(0, length), room), INVAL));
+  test(`a PROBE that is ${what} is answered with INVAL behind the place of its properties, which are none`, () => {
+    const request = probe(DISK).subarray(0, length);
+    const { reply } = viommu().send(request, [buffer(REQUEST, length)], [buffer(REPLY, room)]);
+    assert.deepEqual(reply, [...new Array(room - 4).fill(0), INVAL, 0, 0, 0]);
+  });
+
+test("PROBE with more room than probe_size: the tail follows probe_size bytes, and the rest is left as it is", () => {
+  const { written, reply } = viommu().send(probe(0x21), [buffer(REQUEST, 72)], [buffer(REPLY, 0xffff_ffff)]);
+  assert.deepEqual([written, reply.at(64)], [68, NOENT]);
+});

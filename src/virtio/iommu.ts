@@ -330,15 +330,19 @@ export class VirtioIommu implements VirtioDevice {
     return this.#o.tracker.pin(ranges);
   }
 
-  /** Section 5.13.6.7: properties, then the tail, which is the last 4 bytes of the writable part. */
+  /** Section 5.13.6.7: properties, then the tail behind them. */
   #probe(request: Uint8Array, length: number, buffers: readonly Buffer[], writable: number): number {
-    if (length < ReqProbe.size || writable < PROBE_SIZE + ReqTail.size)
-      return this.#answer(buffers, new Uint8Array(0), VIRTIO_IOMMU_S_INVAL);
+    const properties = new Uint8Array(Math.min(PROBE_SIZE, writable - ReqTail.size));
+    // "If the properties list is smaller than probe_size, the device SHOULD NOT write any property. It SHOULD reject the
+    // request and set status to VIRTIO_IOMMU_S_INVAL." A property of type 0 ends the list.
+    if (length < ReqProbe.size || properties.length < PROBE_SIZE)
+      return this.#answer(buffers, properties, VIRTIO_IOMMU_S_INVAL);
+    // "The device MUST ignore field reserved of a PROBE request."
     const { endpoint } = ReqProbe.read(request);
-    const properties = new Uint8Array(PROBE_SIZE);
     // "If the endpoint identified by endpoint doesn't exist, then the device SHOULD reject the request and set status to
     // VIRTIO_IOMMU_S_NOENT."
     if (!this.#isAssigned(endpoint)) return this.#answer(buffers, properties, VIRTIO_IOMMU_S_NOENT);
+    // The only one, also of a function behind another IOMMU: what our pinners cannot map is outside input_range.
     ProbeResvMem.write(properties, {
       type: VIRTIO_IOMMU_PROBE_T_RESV_MEM,
       length: ProbeResvMem.size - 4,
