@@ -3,8 +3,9 @@ import test from "node:test";
 import { FakeClock } from "../../test/support/clock.ts";
 import type { Gfn } from "../base/units.ts";
 import { counters, countersBuffer } from "../memory/counters.ts";
+import { SharedWords } from "../memory/shared-words.ts";
 import { TRACKING_COUNTERS } from "./counters.ts";
-import type { Fault } from "./faults.ts";
+import { FAULT_WORDS, type Fault, FaultLog, putFault } from "./faults.ts";
 import { createIommuBuffer, DEVICES_MAX, DeviceGate, IS_BLOCKED, SoftwareIommu } from "./software-iommu.ts";
 
 const DOMAIN = 1;
@@ -121,3 +122,93 @@ test("a report that throws leaves the later faults, and the one is counted as dr
   );
   assert.deepEqual([taken().map((f) => f.address), count.faultsDropped], [[2], 1]);
 });
+
+// --- device and backend at once ---------------------------------------------------------------------------------------
+
+/** Words as one thread sees them: `before` runs what the other one does in between. */
+class WatchedWords extends SharedWords {
+  before: () => void = () => {};
+  override load(index: number): number {
+    this.before();
+    return super.load(index);
+  }
+  override store(index: number, value: number): void {
+    this.before();
+    super.store(index, value);
+  }
+  override add(index: number, value: number): number {
+    this.before();
+    return super.add(index, value);
+  }
+  override and(index: number, bits: number): number {
+    this.before();
+    return super.and(index, bits);
+  }
+}
+
+/** Broken twin: the record is written behind the head that tells of it. */
+class LateRecords extends WatchedWords {
+  #late: [index: number, value: number][] = [];
+  override store(index: number, value: number): void {
+    if (index >= 32) this.#late.push([index, value]);
+    else {
+      super.store(index, value);
+      for (const [at, late] of this.#late.splice(0)) super.store(at, late);
+    }
+  }
+}
+
+/** Ring of `before` faults; one more is put, and the ring served, each once inside the other at step `at`. */
+function meet(Words: typeof WatchedWords, before: number, at: number, inner: "put" | "serve"): string {
+  const buffer = new SharedArrayBuffer(4 * FAULT_WORDS);
+  const device = new Words(buffer);
+  const backend = new WatchedWords(buffer);
+  const count = counters(TRACKING_COUNTERS, countersBuffer(TRACKING_COUNTERS));
+  const log = new FaultLog(backend, [0], count);
+  const seen: string[] = [];
+  const put = (n: number) => putFault(device, 0, { address: n * (2 ** 32 + 1), access: "write", reason: 2 });
+  const serve = () =>
+    log.serve(
+      ({ address, access, reason }) => seen.push(`${address / (2 ** 32 + 1)} ${access} ${reason}`) > 0,
+    );
+  for (let n = 1; n <= before; n++) put(n);
+  let step = 0;
+  const outer = inner === "put" ? backend : device;
+  outer.before = () => {
+    if (step++ !== at) return;
+    outer.before = () => {};
+    if (inner === "put") put(before + 1);
+    else serve();
+  };
+  if (inner === "put") serve();
+  else put(before + 1);
+  if (step <= at) return "no such step";
+  outer.before = () => {};
+  serve();
+  const expected = Array.from({ length: before + 1 }, (_, i) => `${i + 1} write 2`);
+  const lost = count.faultsDropped;
+  return seen.join() === expected.slice(0, before + 1 - lost).join() && lost <= (before === 16 ? 1 : 0)
+    ? "sound"
+    : `${seen} of ${before + 1}, ${lost} lost`;
+}
+
+function meetings(Words: typeof WatchedWords): string[] {
+  const outcomes: string[] = [];
+  for (const before of [0, 1, 15, 16])
+    for (const inner of ["put", "serve"] as const)
+      for (let at = 0; ; at++) {
+        const outcome = meet(Words, before, at, inner);
+        if (outcome === "no such step") break;
+        outcomes.push(outcome);
+      }
+  return outcomes;
+}
+
+test("a fault that is put at any moment of a look at the ring is told whole and once, or counted as lost", () => {
+  const outcomes = meetings(WatchedWords);
+  assert.ok(outcomes.length > 100);
+  assert.deepEqual([...new Set(outcomes)], ["sound"]);
+});
+
+test("broken twin: a head that is stored before its record is caught", () =>
+  assert.ok(meetings(LateRecords).some((outcome) => outcome !== "sound")));
