@@ -25,16 +25,12 @@ export class SharedWords {
     return Atomics.and(this.#words, index, bits);
   }
   /**
-   * Block until `index` no longer holds `value`, or the time is over. Not on the main thread.
+   * Block until `index` no longer holds `value`, or the time since it was last notified is over. Not on the main thread.
    *
    * Whoever changes a word notifies after that: somebody may have seen the change, and wait for the next one by then.
    */
   wait(index: number, value: number, timeoutMs: number): void {
-    const end = performance.now() + timeoutMs;
-    for (let left = timeoutMs; left > 0; left = end - performance.now()) {
-      if (Atomics.wait(this.#words, index, value, left) !== "ok") return;
-      if (this.load(index) !== value) return;
-    }
+    while (Atomics.wait(this.#words, index, value, timeoutMs) === "ok" && this.load(index) === value);
   }
   notify(index: number): void {
     Atomics.notify(this.#words, index);

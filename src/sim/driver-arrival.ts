@@ -4,9 +4,9 @@ import type { GuestRegion } from "../memory/guest-memory.ts";
 import type { TrackingCounters } from "../tracking/tracker.ts";
 import type { Checks } from "./checks.ts";
 import type { Guest } from "./guest.ts";
+import type { Settings } from "./settings.ts";
 import { Violation } from "./turn.ts";
 import type { Turns } from "./turns.ts";
-import type { Settings } from "./world.ts";
 
 export const AT_ONCE = { activationTimeout: Number.POSITIVE_INFINITY, driverComes: 0 } as const;
 

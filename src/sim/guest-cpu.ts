@@ -11,7 +11,7 @@ import {
   type DmaSegment,
   type PageAllocator,
 } from "../driver/dma-api.ts";
-import { FramePool, RunPool } from "../driver/pages.ts";
+import { FramePool } from "../driver/pages.ts";
 import { LazyQueue, RemappedDma, type RemappedDmaOptions } from "../driver/remapped-dma.ts";
 import type { DriverCpu } from "../driver/viommu.ts";
 import { counters } from "../memory/counters.ts";
@@ -19,8 +19,9 @@ import { VIRTIO_IOMMU_S_DEVERR, VIRTIO_IOMMU_S_IOERR, VIRTIO_IOMMU_S_NOMEM } fro
 import type { Balloon } from "./balloon.ts";
 import type { Job } from "./dma-engine.ts";
 import type { FrontEndDriver, Places } from "./front-end.ts";
-import type { Guest, RemappedDevice } from "./guest.ts";
+import type { Guest } from "./guest.ts";
 import { type Operation, Process } from "./process.ts";
+import type { RemappedDevice } from "./remapped-device.ts";
 import { SteppedMemory } from "./stepped-memory.ts";
 import { step, Violation } from "./turn.ts";
 import type { Twin } from "./world.ts";
@@ -28,9 +29,6 @@ import type { Twin } from "./world.ts";
 /** Mappings that a CPU has at most. */
 const MAPPINGS_MAX = 4;
 const SEGMENTS_MAX = 2;
-/** Of each CPU, in the domain that a device may be attached to. */
-const IOVA_PAGES = 16;
-const IOVA_FIRST = 2 ** 20;
 const DOMAIN = 7;
 const DIRECTIONS: readonly DmaDirection[] = ["bidirectional", "to-device", "from-device"];
 
@@ -181,28 +179,9 @@ export class GuestCpu {
     const clock = { now: () => step(this.process, "time", () => this.#guest.parts.turns.time) };
     this.#remapped = this.#makeRemapped({
       ...{ requests: this.#driver.domains!, domain: DOMAIN, pages, counters: this.counters },
-      iovas: this.#loggedIovas(),
+      iovas: remapped.iovas(this.process, this.#id),
       ...(remapped.lazy && { lazy: { clock, queue: this.#lazy } }),
     });
-  }
-
-  /** As allocation. */
-  #loggedIovas(): RemappedDmaOptions["iovas"] {
-    const { process } = this;
-    const first = IOVA_FIRST + this.#id * IOVA_PAGES;
-    const runs = new RunPool(IOVA_PAGES);
-    return {
-      take: (pages) =>
-        step(process, "take", () => {
-          const at = runs.take(pages);
-          return at === undefined ? undefined : first + at;
-        }),
-      give: (page, pages) =>
-        step(process, "give", () => {
-          this.#checkUnreachable(page, pages);
-          runs.give(page - first, pages);
-        }),
-    };
   }
 
   /** Allocation is no step, but must not be done again when the operation is run again. */
@@ -212,13 +191,6 @@ export class GuestCpu {
       allocate: (frames) => step(process, "allocate", () => this.#pages.allocate(frames)),
       free: (gpa, frames) => step(process, "free", () => this.#pages.free(gpa, frames)),
     };
-  }
-
-  /** Another mapping may have these addresses from now on. */
-  #checkUnreachable(page: number, pages: number): void {
-    const { remapped, hostile } = this.#guest.parts;
-    for (let i = page; i < page + pages && !hostile; i++)
-      if (remapped!.reaches(i)) throw new Violation(`page ${i} of a domain is free, and a device reaches it`);
   }
 
   // --- operations ------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ import type { Bus } from "./bus.ts";
 import type { Checks } from "./checks.ts";
 import type { DmaEngine } from "./dma-engine.ts";
 import type { FrontEnd, Places } from "./front-end.ts";
+import type { RemappedDevice } from "./remapped-device.ts";
 import type { Turns } from "./turns.ts";
 
 /** Something that excuses failures from when it begins until it ends, and of what was under way meanwhile. */
@@ -31,34 +32,6 @@ class Disturbance {
     const before = this.#count;
     const active = this.#active;
     return () => active || this.#active || this.#count !== before;
-  }
-}
-
-/** A function that can be attached to a domain, and what the CPUs of a guest know of it together. */
-export class RemappedDevice {
-  readonly endpoint: Bdf;
-  readonly engine: DmaEngine;
-  /** Unmapped addresses are taken back in batches. */
-  readonly lazy: boolean;
-  /** Whether it can access a page of its address space now. */
-  readonly reaches: (page: number) => boolean;
-  attached = false;
-  /** Being attached or detached: nobody maps. */
-  moving = false;
-  /** Mappings of all CPUs, those that are being made or taken back included. */
-  mappings = 0;
-  moves = 0;
-
-  constructor(o: Pick<RemappedDevice, "endpoint" | "engine" | "lazy" | "reaches">) {
-    this.endpoint = o.endpoint;
-    this.engine = o.engine;
-    this.lazy = o.lazy;
-    this.reaches = o.reaches;
-  }
-
-  reset(): void {
-    this.attached = this.moving = false;
-    this.mappings = 0;
   }
 }
 

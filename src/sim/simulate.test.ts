@@ -1,7 +1,7 @@
 import assert from "node:assert/strict";
 import test from "node:test";
+import { settingsOf } from "./settings.ts";
 import { shorten, simulate } from "./simulate.ts";
-import { settingsOf } from "./world.ts";
 
 test("the same seed plays the same machine", () => {
   for (const seed of [1, 2, 3]) assert.deepEqual(simulate(seed, 3000), simulate(seed, 3000));

@@ -1,4 +1,5 @@
-import { type Settings, settingsOf, type Twin, World, type WorldStatistics } from "./world.ts";
+import { type Settings, settingsOf } from "./settings.ts";
+import { type Twin, World, type WorldStatistics } from "./world.ts";
 
 export interface Failure {
   readonly seed: number;

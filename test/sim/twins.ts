@@ -1,20 +1,20 @@
 import type { Clock } from "../../src/base/clock.ts";
-import { type Gpa, gfnOf, type Iova } from "../../src/base/units.ts";
-import type { DmaDirection } from "../../src/driver/dma-api.ts";
-import { RemappedDma, type RemappedDmaOptions } from "../../src/driver/remapped-dma.ts";
+import type { Gpa } from "../../src/base/units.ts";
 import { TrackingUnits } from "../../src/driver/units.ts";
 import type { GuestMemory } from "../../src/memory/guest-memory.ts";
 import type { UnpinPolicy } from "../../src/policy/policy.ts";
 import { CheckedTracker } from "../../src/sim/backend.ts";
 import { FakeHost, HOST_BASE } from "../../src/sim/fake-host.ts";
-import type { Settings, Twin } from "../../src/sim/world.ts";
+import type { Settings } from "../../src/sim/settings.ts";
+import type { Twin } from "../../src/sim/world.ts";
 import { DmaTrackingTable, NO_UNIT, type Unit } from "../../src/tracking/dtt.ts";
 import { SoftwareIommu } from "../../src/tracking/software-iommu.ts";
 import type { TrackingCounters } from "../../src/tracking/tracker.ts";
 import { TU_COUNT, TU_DIRTY, TU_PINNED, TU_WRITABLE } from "../../src/wire/dtt.ts";
+import { domainTwins } from "./twins-of-domains.ts";
 
-/** Each is a protocol broken in one place, and what a checker says of it. */
-interface BrokenTwin {
+/** A protocol broken in one place, and what a checker says of it. */
+export interface BrokenTwin {
   readonly twin: Twin | (() => Twin);
   readonly found: RegExp;
   /** Of the worlds in which it shows soon. */
@@ -146,31 +146,6 @@ function earlyTwin(): Twin {
 class HastyIommu extends SoftwareIommu {
   override quiesce(): boolean {
     return true;
-  }
-}
-
-class StaleIommu extends SoftwareIommu {
-  constructor(...args: ConstructorParameters<typeof SoftwareIommu>) {
-    super(...args);
-    this.tables.unmap = () => {};
-  }
-}
-
-/** Lets go of nothing that domains mapped. */
-class ClingingTracker extends CheckedTracker {
-  override letGo(): void {}
-}
-
-/** Uses addresses again that are not taken back yet. */
-class HastyDma extends RemappedDma {
-  readonly iovas: RemappedDmaOptions["iovas"];
-  constructor(options: RemappedDmaOptions) {
-    super(options);
-    this.iovas = options.iovas;
-  }
-  override unmapSingle(iova: Iova, length: number, direction: DmaDirection): void {
-    this.iovas.give(gfnOf(iova), 1);
-    super.unmapSingle(iova, length, direction);
   }
 }
 
@@ -386,18 +361,7 @@ export const twins: Readonly<Record<string, BrokenTwin>> = {
     twin: { backend: { makeTracker: (...args) => new ForgetfulTracker(...args) } },
     found: /are idle and stay pinned/,
   },
-  "an UNMAP that leaves the device its translation": {
-    twin: { backend: { makeIommu: (...args) => new StaleIommu(...args) } },
-    found: /is free, and a device reaches it/,
-  },
-  "a host that keeps what domains do not map any more": {
-    twin: { backend: { makeTracker: (...args) => new ClingingTracker(...args) } },
-    found: /are idle and stay pinned/,
-  },
-  "a driver that uses addresses again before UNMAP": {
-    twin: { remappedDma: (options) => new HastyDma(options) },
-    found: /is free, and a device reaches it/,
-  },
+  ...domainTwins,
   "a guest without a driver that is not pinned": {
     twin: { backend: { makeTracker: (...args) => new PatientTracker(...args) } },
     found: /no driver was there in time/,

@@ -29,7 +29,7 @@ const DEFINITIONS: Record<string, (name: string) => RegExp> = {
   // A function, or a member of a class, whose header the formatter has put on one line or broken at its parentheses.
   ts: (name) =>
     new RegExp(
-      `^(?:export )?function ${name}\\b|^  (?:async )?#?${name}(?:<.*>)?\\((?:.*[^>] \\{$|(?:\\n    .*)*\\n  \\).* \\{$)`,
+      `^(?:export )?function ${name}\\b|^  (?:async |protected )?#?${name}(?:<.*>)?\\((?:.*[^>] \\{$|(?:\\n    .*)*\\n  \\).* \\{$)`,
       "m",
     ),
   // Kernel style: a definition begins at the left margin, and its body with a brace there.

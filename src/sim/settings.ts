@@ -1,0 +1,92 @@
+import { type Random, random } from "../base/random.ts";
+import type { BeforeActivation } from "../tracking/life.ts";
+import { AT_ONCE, lifeOf } from "./driver-arrival.ts";
+import type { FRONT_ENDS } from "./front-end.ts";
+
+/** How a world is made: everything that a seed decides, beside the schedule. */
+export interface Settings {
+  /** The PCI function that guest and backend meet at. */
+  readonly frontEnd: keyof typeof FRONT_ENDS;
+  readonly cpus: number;
+  readonly devices: number;
+  /** Frames that buffers lie in: the fewer, the more CPUs and the unpinner meet in one. */
+  readonly buffers: number;
+  /** Milliseconds between two unpin passes. */
+  readonly interval: number;
+  /** Frames; Infinity for no limit. */
+  readonly quota: number;
+  readonly beforeActivation: BeforeActivation;
+  /** Milliseconds until everything is pinned, if no driver is active by then. */
+  readonly activationTimeout: number;
+  /** Milliseconds from power-on until the driver is loaded, or when everything is pinned. */
+  readonly driverComes: number | "when all is pinned";
+  /** One in so many host calls, accesses or chances, on average; 0 for never. */
+  readonly pinFails: number;
+  readonly releaseFails: number;
+  readonly kickLost: number;
+  readonly backendDies: number;
+  readonly machineResets: number;
+  readonly operator: number;
+  /** The driver turns PIN off and on again at times. */
+  readonly driverRestarts: boolean;
+  /** A CPU writes garbage where it may. */
+  readonly hostile: boolean;
+  /** The driver negotiates PIN_DIRTY. */
+  readonly pinDirty: boolean;
+  /** Milliseconds between two harvests of dirty frames; Infinity for none. */
+  readonly harvestInterval: number;
+  /** Frames in a slice of one. */
+  readonly harvestSlice: number;
+  /** A device moves between the table and a domain, whose unmapped addresses are taken back at once or in batches. */
+  readonly remapping: "none" | "strict" | "lazy";
+  /** CPUs put frames into a balloon. */
+  readonly balloon: boolean;
+}
+
+export function settingsOf(seed: number): Settings {
+  const next = random(seed ^ 0x5e77_1265);
+  const sometimes = (oneIn: number, value: number) => (next(oneIn) === 0 ? value : 0);
+  const settings: Settings = {
+    frontEnd: "virtio-iommu",
+    cpus: 1 + next(3),
+    devices: 1 + next(2),
+    buffers: 2 + next(12),
+    interval: (1 + next(10)) / 5,
+    quota: next(2) === 0 ? Number.POSITIVE_INFINITY : 8 + next(16),
+    beforeActivation: next(2) === 0 ? "bios" : "none",
+    ...AT_ONCE,
+    pinFails: sometimes(2, 20),
+    releaseFails: sometimes(2, 10),
+    kickLost: sometimes(4, 30),
+    backendDies: sometimes(8, 1000),
+    machineResets: sometimes(6, 150),
+    driverRestarts: next(3) === 0,
+    hostile: next(5) === 0,
+    operator: sometimes(3, 20),
+    pinDirty: next(4) > 0,
+    harvestInterval: next(3) > 0 ? (1 + next(10)) / 5 : Number.POSITIVE_INFINITY,
+    harvestSlice: 1 + next(8),
+    remapping: "none",
+    balloon: random(seed ^ 0xba11_0000)(3) === 0,
+  };
+  if (next(5) > 0) {
+    const late = { ...settings, ...lifeOf(random(seed ^ 0x571c), settings) };
+    return withDomains(late, random(seed ^ 0xd0a1_d0a1));
+  }
+  // Its drivers know no second kick and no second activation, and cannot say that their table is complete.
+  const impossible = {
+    kickLost: 0,
+    backendDies: 0,
+    driverRestarts: false,
+    beforeActivation: "none",
+  } as const;
+  return { ...settings, ...impossible, frontEnd: "crosvm" };
+}
+
+/** The same with a second device that moves, or not. */
+function withDomains(settings: Settings, next: Random): Settings {
+  if (next(3) > 0) return settings;
+  // Its driver, as Linux's, does not take its domains up again on another device.
+  const impossible = { backendDies: 0, driverRestarts: false } as const;
+  return { ...settings, ...impossible, devices: 2, remapping: next(2) === 0 ? "strict" : "lazy" };
+}
