@@ -2,12 +2,14 @@ import { FRAME_SIZE, type Gfn, type Gpa, gpaOf } from "../base/units.ts";
 import type { GuestMemory } from "../memory/guest-memory.ts";
 import type { PageAllocator } from "./dma-api.ts";
 
-/** Runs of neighbours out of so many, next fit. Of one CPU: nothing is locked. */
+/** Runs of neighbours out of `size` from `first` on, next fit. Of one CPU: nothing is locked. */
 export class RunPool {
+  readonly #first: number;
   readonly #taken: Uint8Array;
   #next = 0;
 
-  constructor(size: number) {
+  constructor(first: number, size: number) {
+    this.#first = first;
     this.#taken = new Uint8Array(size);
   }
 
@@ -25,7 +27,7 @@ export class RunPool {
       if (run === count) {
         this.#taken.fill(1, at, at + count);
         this.#next = at + count;
-        return at;
+        return this.#first + at;
       }
       tried += run + 1;
       at += run + 1;
@@ -34,31 +36,30 @@ export class RunPool {
   }
 
   give(first: number, count: number): void {
-    this.#taken.fill(0, first, first + count);
+    const at = first - this.#first;
+    this.#taken.fill(0, at, at + count);
   }
 }
 
 /** Hands out the frames of one range of guest RAM. */
 export class FramePool implements PageAllocator {
   readonly #memory: GuestMemory;
-  readonly #first: Gfn;
   readonly #runs: RunPool;
 
   constructor(memory: GuestMemory, first: Gfn, frames: number) {
     this.#memory = memory;
-    this.#first = first;
-    this.#runs = new RunPool(frames);
+    this.#runs = new RunPool(first, frames);
   }
 
   allocate(frames: number): Gpa | undefined {
-    const at = this.#runs.take(frames);
-    if (at === undefined) return undefined;
-    const gpa = gpaOf((this.#first + at) as Gfn);
+    const first = this.#runs.take(frames);
+    if (first === undefined) return undefined;
+    const gpa = gpaOf(first as Gfn);
     this.#memory.transfer(gpa, frames * FRAME_SIZE, (piece) => piece.fill(0));
     return gpa;
   }
 
   free(gpa: Gpa, frames: number): void {
-    this.#runs.give(gpa / FRAME_SIZE - this.#first, frames);
+    this.#runs.give(gpa / FRAME_SIZE, frames);
   }
 }

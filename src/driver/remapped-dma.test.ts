@@ -38,16 +38,9 @@ function guest(options: { quota?: number; lazy?: boolean; addresses?: number } =
   const { domains } = GuestDriver.activate(on, pages, 1);
   domains.attach(DOMAIN, endpoint);
   const lazyClock = new FakeClock(0, 0);
-  const runs = new RunPool(options.addresses ?? 600);
   const dma = new RemappedDma({
     ...{ requests: domains, domain: DOMAIN, pages, counters: count },
-    iovas: {
-      take: (n) => {
-        const at = runs.take(n);
-        return at === undefined ? undefined : FIRST + at;
-      },
-      give: (page, n) => runs.give(page - FIRST, n),
-    },
+    iovas: new RunPool(FIRST, options.addresses ?? 600),
     ...(options.lazy && { lazy: { clock: lazyClock, queue: new LazyQueue() } }),
   });
   const reach = (access: DmaAccess, ...iovas: number[]) =>

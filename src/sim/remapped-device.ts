@@ -35,21 +35,16 @@ export class RemappedDevice {
 
   /** The addresses of a CPU. Allocation is no step, but must not be done again when the operation is run again. */
   iovas(process: Process, cpu: number): IovaAllocator {
-    const first = IOVA_FIRST + cpu * IOVA_PAGES;
-    const runs = new RunPool(IOVA_PAGES);
+    const runs = new RunPool(IOVA_FIRST + cpu * IOVA_PAGES, IOVA_PAGES);
     return {
-      take: (pages) =>
-        step(process, "take", () => {
-          const at = runs.take(pages);
-          return at === undefined ? undefined : first + at;
-        }),
+      take: (pages) => step(process, "take", () => runs.take(pages)),
       give: (page, pages) =>
         step(process, "give", () => {
           // Another mapping may have these addresses from now on.
           for (let i = page; i < page + pages && !this.hostile; i++)
             if (this.reaches(i))
               throw new Violation(`page ${i} of a domain is free, and a device reaches it`);
-          runs.give(page - first, pages);
+          runs.give(page, pages);
         }),
     };
   }

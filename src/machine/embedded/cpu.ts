@@ -4,7 +4,7 @@ import { DRIVER_COUNTERS } from "../../driver/counters.ts";
 import { DirectDma } from "../../driver/dma.ts";
 import type { DmaApi } from "../../driver/dma-api.ts";
 import { FramePool, RunPool } from "../../driver/pages.ts";
-import { type IovaAllocator, LazyQueue, RemappedDma } from "../../driver/remapped-dma.ts";
+import { LazyQueue, RemappedDma } from "../../driver/remapped-dma.ts";
 import { type DriverCpu, type DriverPlaces, GuestDriver } from "../../driver/viommu.ts";
 import { monotonicClock } from "../../host/clock.ts";
 import { Bell } from "../../memory/bell.ts";
@@ -27,17 +27,6 @@ export const framesOfCpu = (bytes: number, cpus: number): number =>
 /** Each CPU has its own part of a domain's addresses; above 4 GiB nothing is reserved. */
 const FIRST_IOVA_PAGE = 2 ** 20;
 const IOVA_PAGES = 2 ** 16;
-
-function iovaSpace(first: number, pages: number): IovaAllocator {
-  const runs = new RunPool(pages);
-  return {
-    take: (count) => {
-      const at = runs.take(count);
-      return at === undefined ? undefined : first + at;
-    },
-    give: (page, count) => runs.give(page - first, count),
-  };
-}
 
 /** A mapping that was refused is tried again after this time, if no device interrupts before. */
 const RETRY_MS = 5;
@@ -146,7 +135,7 @@ export class CpuThread {
     const queue = new LazyQueue();
     this.#remapped = new RemappedDma({
       ...{ requests: domains, domain: endpoint, pages: this.#pages, counters: this.#on.counters },
-      iovas: iovaSpace(FIRST_IOVA_PAGE + number * IOVA_PAGES, IOVA_PAGES),
+      iovas: new RunPool(FIRST_IOVA_PAGE + number * IOVA_PAGES, IOVA_PAGES),
       ...(driver === "viommu-lazy" && { lazy: { clock: monotonicClock, queue } }),
     });
     return this.#remapped;
