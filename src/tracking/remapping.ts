@@ -54,11 +54,11 @@ export class Remapping {
     this.#iommu.setContext(endpoint, this.#unattached);
   }
 
-  /** An endpoint is gone, and with it the domain that had no other. */
-  remove(endpoint: number): void {
+  /** An endpoint is gone, and with it the domain that had no other. `kept` as in reset(). */
+  remove(endpoint: number, kept = false): void {
     if (!this.#domains.of(endpoint)) return;
     this.#iommu.setContext(endpoint, this.#unattached);
-    this.#leave(endpoint);
+    this.#leave(endpoint, kept);
   }
 
   attach(endpoint: number, id: number, bypass: boolean): number {
@@ -152,8 +152,7 @@ export class Remapping {
    */
   reset(kept: boolean): void {
     const attached = [...this.#domains.all].flatMap((domain) => [...domain.endpoints]);
-    for (const endpoint of attached) this.#iommu.setContext(endpoint, this.#unattached);
-    for (const endpoint of attached) this.#leave(endpoint, kept);
+    for (const endpoint of attached) this.remove(endpoint, kept);
   }
 
   get #unattached(): Context {
