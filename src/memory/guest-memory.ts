@@ -1,5 +1,5 @@
 import { NotGuestRam, ProtocolError } from "../base/errors.ts";
-import { FRAME_SIZE, type Gfn, type Gpa, gfnOf, gpaOf } from "../base/units.ts";
+import { FRAME_SIZE, type Gfn, type Gpa, gpaOf } from "../base/units.ts";
 
 /** A contiguous range of guest RAM, mapped into this process. */
 export interface GuestRegion {
@@ -87,10 +87,10 @@ export class GuestMemory implements GuestAccess {
     return this.#regions.reduce((sum, r) => sum + r.size, 0);
   }
 
-  /** Every frame of RAM. */
-  *frames(): Generator<Gfn> {
+  /** Every frame of RAM, below `limit` if there is one. */
+  *frames(limit = Number.POSITIVE_INFINITY): Generator<Gfn> {
     for (const { gpa, end } of this.#regions)
-      for (let gfn = gpa / FRAME_SIZE; gfn < end / FRAME_SIZE; gfn++) yield gfn as Gfn;
+      for (let gfn = gpa / FRAME_SIZE; gfn < Math.min(limit, end / FRAME_SIZE); gfn++) yield gfn as Gfn;
   }
 
   setRegions(regions: readonly GuestRegion[]): void {
@@ -119,15 +119,6 @@ export class GuestMemory implements GuestAccess {
   hostAddress(gpa: number): number {
     const r = this.#at(gpa, 1);
     return r.hostAddress + (gpa - r.gpa);
-  }
-
-  /** Frames of RAM below `end`. */
-  framesBelow(end: Gfn): Gfn[] {
-    return this.#regions.flatMap((r) => {
-      const first = gfnOf(r.gpa);
-      const count = Math.min(end, gfnOf(r.end)) - first;
-      return Array.from({ length: Math.max(0, count) }, (_, i) => (first + i) as Gfn);
-    });
   }
 
   /** Of `gfns`, which are RAM, those that `regions` would back with other memory, or with none. */

@@ -31,7 +31,7 @@ import { type IdleRange, type IdleSlice, UnpinPasses } from "./unpin-passes.ts";
 export { TRACKING_COUNTERS, type TrackingCounters } from "./counters.ts";
 
 /** Below 1 MiB firmware keeps what it lets devices touch. */
-const FIRMWARE_WINDOW_END = 256 as Gfn;
+const FIRMWARE_WINDOW_END = 256;
 
 export interface TrackerOptions {
   readonly memory: GuestMemory;
@@ -359,7 +359,8 @@ export class Tracker {
 
   /** Throws HostError. */
   #pinFirmwareWindow(): void {
-    const missing = this.#o.memory.framesBelow(FIRMWARE_WINDOW_END).filter((gfn) => !this.#ledger.has(gfn));
+    const window = [...this.#o.memory.frames(FIRMWARE_WINDOW_END)];
+    const missing = window.filter((gfn) => !this.#ledger.has(gfn));
     // What is left out for the quota's sake is pinned when a device touches it.
     this.#pinFirmware(missing.slice(0, Math.max(0, this.#quota - this.pinned)));
   }
