@@ -8,3 +8,10 @@ export function rangesOf(gfns: readonly number[]): Float64Array {
   }
   return Float64Array.from(ranges);
 }
+
+/** The same one by one, for people and JSON. */
+export const listed = (ranges: ArrayLike<number>): { firstFrame: number; frames: number }[] =>
+  Array.from({ length: ranges.length / 2 }, (_, i) => ({
+    firstFrame: ranges[2 * i]!,
+    frames: ranges[2 * i + 1]!,
+  }));

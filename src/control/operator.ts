@@ -1,5 +1,5 @@
 import { UserError } from "../base/errors.ts";
-import { rangesOf } from "../base/ranges.ts";
+import { listed, rangesOf } from "../base/ranges.ts";
 import type { WorkerHost } from "../machine/commands.ts";
 import type { UnpinPolicy } from "../policy/policy.ts";
 import { createPolicy } from "../policy/registry.ts";
@@ -58,16 +58,16 @@ export class Operator {
   /** Unpin what is idle of a range. Ends early when `signal` says that nobody waits for it any more. */
   async unpinIdle(range: Omit<IdleRange, "from">, signal?: AbortSignal): Promise<Unpinned> {
     let [unpinned, stayed] = [0, 0];
-    const listed: number[] = [];
+    const frames: number[] = [];
     for (let from: number | null = 0; from !== null && !signal?.aborted; ) {
       const what: IdleRange = { ...range, from };
       const slice: IdleSlice = await this.#request<IdleSlice>("unpinIdle", what);
       unpinned += slice.unpinned;
       stayed += slice.stayed.length;
-      if (stayed <= LISTED_MAX) for (const gfn of slice.stayed) listed.push(gfn);
+      if (stayed <= LISTED_MAX) for (const gfn of slice.stayed) frames.push(gfn);
       from = slice.next;
     }
-    return { unpinned, stayed, stayedRanges: stayed > LISTED_MAX ? null : pairsOf(rangesOf(listed)) };
+    return { unpinned, stayed, stayedRanges: stayed > LISTED_MAX ? null : listed(rangesOf(frames)) };
   }
 
   async #request<T>(command: string, argument: unknown): Promise<T> {
@@ -76,9 +76,3 @@ export class Operator {
     return await this.#backend.request<T>(command, argument);
   }
 }
-
-const pairsOf = (ranges: Float64Array) =>
-  Array.from({ length: ranges.length / 2 }, (_, i) => ({
-    firstFrame: ranges[2 * i]!,
-    frames: ranges[2 * i + 1]!,
-  }));

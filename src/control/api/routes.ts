@@ -1,5 +1,6 @@
 import type { Static, TSchema } from "typebox";
 import { UserError } from "../../base/errors.ts";
+import { listed } from "../../base/ranges.ts";
 import { formatBdf } from "../../base/units.ts";
 import { DEVICE_COUNTERS } from "../../device/counters.ts";
 import { DRIVER_COUNTERS } from "../../driver/counters.ts";
@@ -135,11 +136,7 @@ export const ROUTES: readonly Route[] = [
     },
     answer: schemas.Harvest,
     async serve({ machine }) {
-      const pairs = await machine.dirty.harvest();
-      const ranges = Array.from({ length: pairs.length / 2 }, (_, i) => ({
-        firstFrame: pairs[2 * i]!,
-        frames: pairs[2 * i + 1]!,
-      }));
+      const ranges = listed(await machine.dirty.harvest());
       return { frames: ranges.reduce((sum, { frames }) => sum + frames, 0), ranges };
     },
   }),

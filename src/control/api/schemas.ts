@@ -44,6 +44,7 @@ export const Range = exactly({
     Type.Integer({ minimum: 1, maximum: GFN_LIMIT, description: "to the end if left out" }),
   ),
 });
+const FrameRange = exactly({ firstFrame: Count, frames: Count });
 export const Unpinned = exactly({
   unpinned: Count,
   stayed: {
@@ -51,7 +52,7 @@ export const Unpinned = exactly({
     description: "Frames of the range that are mapped, or that the host did not let go of",
   },
   stayedRanges: {
-    ...nullable(Type.Array(exactly({ firstFrame: Count, frames: Count }))),
+    ...nullable(Type.Array(FrameRange)),
     description: `Which: their memory must not be discarded. null: more than ${LISTED_MAX}; ask for smaller ranges`,
   },
 });
@@ -72,7 +73,7 @@ export const Tracked = exactly({
 });
 export const Harvest = exactly({
   frames: Count,
-  ranges: Type.Array(exactly({ firstFrame: Count, frames: Count }), {
+  ranges: Type.Array(FrameRange, {
     description: "In no order; copy each after this answer. An answer that got lost: start anew",
   }),
 });
