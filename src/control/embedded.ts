@@ -25,7 +25,7 @@ import type { Started, Stopped } from "./host-side.ts";
 import type { Booted, DriverState, Machine, MachineEnd, Worked } from "./machine.ts";
 import { Operator } from "./operator.ts";
 import { describeHost } from "./result.ts";
-import type { Strategy } from "./strategy.ts";
+import { hasDriver } from "./strategy.ts";
 import { describeWorkload, NO_FIGURES, type Workload } from "./workload.ts";
 
 const CPU_WORKER = workerEntry(import.meta.url, "../machine/embedded/cpu-worker");
@@ -141,9 +141,6 @@ const STATE = [
   ...(["pinRequests", "mapRequests", "unmapRequests", "kicks"] as const),
 ] as const;
 
-const driverOf = (strategy: Strategy): DriverMode | null =>
-  strategy === "none" || strategy === "static" ? null : strategy;
-
 /** The threads of one guest, and the memory that they share. */
 class Threads {
   readonly driver: DriverMode | null;
@@ -166,7 +163,7 @@ class Threads {
 
   constructor(options: EmbeddedOptions) {
     this.#options = options;
-    this.driver = driverOf(options.strategy);
+    this.driver = hasDriver(options.strategy) ? options.strategy : null;
     this.#plan = planDevices(options);
     this.ram = new OwnedRam(options.memoryMiB, options.pinner !== "software");
     this.#iommu = createIommuBuffer((options.memoryMiB * 2 ** 20) / FRAME_SIZE);

@@ -6,4 +6,5 @@ export const isRemapping = (strategy: Strategy): boolean =>
   strategy === "viommu-strict" || strategy === "viommu-lazy";
 
 /** The guest has a driver of ours, which says what is to be pinned. */
-export const hasDriver = (strategy: Strategy): boolean => strategy === "coiommu" || isRemapping(strategy);
+export const hasDriver = (strategy: Strategy): strategy is Exclude<Strategy, "none" | "static"> =>
+  strategy === "coiommu" || isRemapping(strategy);
