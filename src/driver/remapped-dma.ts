@@ -171,7 +171,8 @@ export class RemappedDma implements DmaApi {
   /** Neighbours go in one request. What cannot be taken back stays out of use. */
   #takeBack(ranges: readonly Range[]): void {
     const { requests, domain, iovas, counters } = this.#o;
-    for (const { page, pages } of merged(ranges))
+    const ascending = [...ranges].sort((a, b) => a.page - b.page);
+    for (const [page, pages] of joined(ascending.map((r) => [r.page, r.pages])))
       try {
         requests.unmap(domain, page, pages);
         iovas.give(page, pages);
@@ -185,7 +186,7 @@ export class RemappedDma implements DmaApi {
     const { requests, domain } = this.#o;
     let at = range.page;
     try {
-      for (const { gfn, frames } of piecesOf(list)) {
+      for (const [gfn, frames] of joined(list.map((b) => [gfnOf(b.gpa), nrFrames(b.gpa, b.length)]))) {
         requests.map(domain, at, gfn, frames, flags);
         at += frames;
       }
@@ -207,24 +208,15 @@ export class RemappedDma implements DmaApi {
 const pagesOf = (list: readonly { address: number; length: number }[]): number =>
   list.reduce((sum, { address, length }) => sum + nrFrames(address, length), 0);
 
-/** The frames of a scatter list, neighbours as one. */
-function piecesOf(list: readonly DmaBuffer[]): { gfn: number; frames: number }[] {
-  const pieces: { gfn: number; frames: number }[] = [];
-  for (const { gpa, length } of list) {
-    const [gfn, frames] = [gfnOf(gpa), nrFrames(gpa, length)];
-    const last = pieces.at(-1);
-    if (last && gfn === last.gfn + last.frames) last.frames += frames;
-    else pieces.push({ gfn, frames });
+/** Runs [first, count], with those that follow each other as one. */
+function joined(
+  runs: readonly (readonly [first: number, count: number])[],
+): [first: number, count: number][] {
+  const out: [number, number][] = [];
+  for (const [first, count] of runs) {
+    const last = out.at(-1);
+    if (last && first === last[0] + last[1]) last[1] += count;
+    else out.push([first, count]);
   }
-  return pieces;
-}
-
-function merged(ranges: readonly Range[]): Range[] {
-  const runs: { page: number; pages: number }[] = [];
-  for (const { page, pages } of [...ranges].sort((a, b) => a.page - b.page)) {
-    const last = runs.at(-1);
-    if (last && page === last.page + last.pages) last.pages += pages;
-    else runs.push({ page, pages });
-  }
-  return runs;
+  return out;
 }
