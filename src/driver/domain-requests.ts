@@ -13,20 +13,13 @@ import {
   VIRTIO_IOMMU_T_UNMAP,
 } from "../wire/virtio-iommu.ts";
 import { DmaMapFailed } from "./dma-api.ts";
-import { RequestChannel, type RequestChannelOptions } from "./request-channel.ts";
+import { RequestChannel } from "./request-channel.ts";
 
 /** A device that keeps a DMA window open makes the host refuse for 2 ms each time. */
 const UNMAP_TRIES = 100;
 
 /** Requests for domains: VIRTIO 1.2 sections 5.13.6.3 to 5.13.6.6. Each throws DmaMapFailed unless it is done. */
 export class DomainRequests extends RequestChannel {
-  readonly #counters: RequestChannelOptions["counters"];
-
-  constructor(options: RequestChannelOptions) {
-    super(options);
-    this.#counters = options.counters;
-  }
-
   attach(domain: number, endpoint: Bdf): void {
     this.#ask(ReqAttach.encode({ type: VIRTIO_IOMMU_T_ATTACH, domain, endpoint }));
   }
@@ -39,7 +32,7 @@ export class DomainRequests extends RequestChannel {
   map(domain: number, page: number, gfn: number, frames: number, flags: number): void {
     const range = { virtStart: BigInt(page) * 4096n, virtEnd: BigInt(page + frames) * 4096n - 1n };
     const request = { type: VIRTIO_IOMMU_T_MAP, domain, ...range, physStart: gfn * FRAME_SIZE, flags };
-    this.#counters.mapRequests++;
+    this.counters.mapRequests++;
     this.#ask(ReqMap.encode(request));
   }
 
@@ -49,7 +42,7 @@ export class DomainRequests extends RequestChannel {
     const request = ReqUnmap.encode({ type: VIRTIO_IOMMU_T_UNMAP, domain, ...range });
     for (let tries = 1; ; tries++)
       try {
-        this.#counters.unmapRequests++;
+        this.counters.unmapRequests++;
         this.#ask(request);
         return;
       } catch (error) {

@@ -49,7 +49,7 @@ export class PinRequests extends RequestChannel implements PinRequester {
   }
 
   #flush(endpoint: Bdf, batch: Batch): void {
-    const { units, counters } = this.#o;
+    const { units } = this.#o;
     const ranges = batch.take();
     if (ranges.length === 0) return;
     const request = ReqPin.encode(
@@ -57,17 +57,17 @@ export class PinRequests extends RequestChannel implements PinRequester {
       ranges.length * PinRange.size,
     );
     ranges.forEach((range, i) => void PinRange.write(request, range, ReqPin.size + i * PinRange.size));
-    counters.pinRequests++;
+    this.counters.pinRequests++;
     const status = this.exchange(request);
     if (status !== VIRTIO_IOMMU_S_OK) throw new DmaMapFailed("refused", status);
     // The host says that it has set P in every frame; the mapping must see it before its device has the address.
     for (const { gfn, nrFrames } of ranges)
       for (let i = 0; i < nrFrames; i++)
         if (!units.pinned(gfn + i)) {
-          counters.pinNotSeen++;
+          this.counters.pinNotSeen++;
           throw new DmaMapFailed("not-seen");
         }
-    counters.pinFrames += ranges.reduce((sum, r) => sum + r.nrFrames, 0);
+    this.counters.pinFrames += ranges.reduce((sum, r) => sum + r.nrFrames, 0);
   }
 }
 

@@ -50,10 +50,12 @@ export interface RequestChannelOptions {
  * for. All state is in guest memory, because CPUs share it; the queue's indices are those in its rings.
  */
 export class RequestChannel {
+  protected readonly counters: DriverCounters;
   readonly #o: RequestChannelOptions;
 
   constructor(options: RequestChannelOptions) {
     this.#o = options;
+    this.counters = options.counters;
   }
 
   /** Before any CPU asks: the two descriptors that every request uses, and no interrupts. */
@@ -91,9 +93,9 @@ export class RequestChannel {
 
   /** Throws DmaMapFailed "off". */
   protected checkOn(): void {
-    const { memory, page, counters } = this.#o;
+    const { memory, page } = this.#o;
     if (memory.load32(page + ON) && !memory.load32(page + LOST)) return;
-    counters.pinOff++;
+    this.counters.pinOff++;
     throw new DmaMapFailed("off");
   }
 
@@ -108,7 +110,7 @@ export class RequestChannel {
 
   /** Send a request and wait for its answer's status. Throws DmaMapFailed "lost". */
   protected exchange(request: Uint8Array): number {
-    const { memory, page, queue, counters } = this.#o;
+    const { memory, page, queue } = this.#o;
     memory.write(page + REQUEST, request);
     memory.write(page + TAIL, ReqTail.encode({ status: STATUS_UNANSWERED }));
     this.#describe(request.length);
@@ -119,7 +121,7 @@ export class RequestChannel {
     if (!this.#awaitAnswer()) {
       // The buffer may be the device's still: leave it alone. See recover().
       memory.store32(page + LOST, 1);
-      counters.pinLost++;
+      this.counters.pinLost++;
       throw new DmaMapFailed("lost");
     }
     const element = new Uint8Array(UsedElem.size);
@@ -132,7 +134,7 @@ export class RequestChannel {
 
   #awaitAnswer(): boolean {
     for (let waited = 0; waited < ANSWER_MS; waited += RENOTIFY_MS) {
-      this.#o.counters.kicks++;
+      this.counters.kicks++;
       this.#o.notify();
       if (this.#o.cpu.waitFor(() => this.#answered(), milliseconds(RENOTIFY_MS))) return true;
     }
