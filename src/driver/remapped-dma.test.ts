@@ -48,6 +48,7 @@ function guest(options: { quota?: number; lazy?: boolean; addresses?: number } =
   return { ...m, lazyClock, count, dma, reach };
 }
 
+const noAddress = (error: unknown) => error instanceof DmaMapFailed && error.reason === "no-memory";
 const refused = (status: number) => (error: unknown) =>
   error instanceof DmaMapFailed && error.reason === "refused" && error.status === status;
 
@@ -111,10 +112,7 @@ test("at the quota, and without addresses, a mapping fails and leaves nothing", 
   const { dma, tracker } = guest({ quota: 2, addresses: 4 });
   assert.throws(() => dma.mapSingle(gpa(5), 3 * 4096, "bidirectional"), refused(NOMEM));
   assert.equal(tracker.pinned, 0);
-  assert.throws(
-    () => dma.mapSingle(gpa(5), 5 * 4096, "bidirectional"),
-    (e) => e instanceof DmaMapFailed && e.reason === "no-memory",
-  );
+  assert.throws(() => dma.mapSingle(gpa(5), 5 * 4096, "bidirectional"), noAddress);
 });
 
 test("memory that both share is mapped, and given back", () => {
@@ -158,5 +156,5 @@ test("addresses that a stuck device does not let go of are not used again", () =
   dma.unmapSingle(iova, 4096, "bidirectional");
   gate.leave();
   assert.deepEqual([count.unmapFailed, tracker.pinned, ...reach("read", iova)], [1, 1, 5]);
-  assert.throws(() => dma.mapSingle(gpa(6), 1, "bidirectional"), DmaMapFailed);
+  assert.throws(() => dma.mapSingle(gpa(6), 1, "bidirectional"), noAddress);
 });

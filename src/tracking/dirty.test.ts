@@ -52,6 +52,18 @@ test("a harvest gives what has D, which it clears, and what has W, which stays",
   assert.deepEqual(harvest(m), [7, 8]);
 });
 
+test("what a domain maps is given each time, and once more when it lets go, whether the table has it or not", () => {
+  const m = tracking();
+  pinned(m, { 6: 0 });
+  const mapping = { first: 77, last: 78, gfn: 5 as Gfn, flags: 3 };
+  assert.equal(m.tracker.hold(mapping), OK);
+  for (let i = 0; i < 2; i++) assert.deepEqual(harvest(m), [5, 6]);
+  m.tracker.letGo([mapping]);
+  assert.deepEqual(m.held(5, 6), [false, true]);
+  assert.deepEqual(harvest(m), [5, 6]);
+  assert.deepEqual(harvest(m), []);
+});
+
 test("neighbours are one range, whatever the order in which they were pinned", () => {
   const m = tracking();
   pinned(m, { 9: D, 7: D, 8: D, 20: D });

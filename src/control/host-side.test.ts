@@ -1,0 +1,61 @@
+import assert from "node:assert/strict";
+import test from "node:test";
+import { ramRegion } from "../../test/support/guest.ts";
+import { RAM_FRAMES } from "../../test/support/machine.ts";
+import { type Bdf, type Gfn, milliseconds } from "../base/units.ts";
+import { DRIVER_COUNTERS } from "../driver/counters.ts";
+import { DmaMapFailed } from "../driver/dma-api.ts";
+import { FramePool } from "../driver/pages.ts";
+import { GuestDriver } from "../driver/viommu.ts";
+import { counters, countersBuffer } from "../memory/counters.ts";
+import { createIommuBuffer, DeviceGate } from "../tracking/software-iommu.ts";
+import { TRACKING_COUNTERS } from "../tracking/tracker.ts";
+import { VIRTIO_IOMMU_S_NOENT } from "../wire/virtio-iommu.ts";
+import { HostSide } from "./host-side.ts";
+
+const FIRST = 0x20 as Bdf;
+const SECOND = 0x28 as Bdf;
+const DOMAIN = 3;
+const GATE = 2;
+
+/** A guest whose driver is active, without an assigned function. */
+function guest() {
+  const iommu = createIommuBuffer(RAM_FRAMES);
+  const host = new HostSide(
+    {
+      ...{ iommu, counters: countersBuffer(TRACKING_COUNTERS), assigned: [], qemu: false },
+      ...{ strategy: "coiommu", beforeActivation: "none", activationTimeout: Number.POSITIVE_INFINITY },
+      ...{ pinner: "software", policy: "lru", interval: milliseconds(1000), quota: Number.POSITIVE_INFINITY },
+    },
+    (text) => assert.fail(text),
+  );
+  host.setMemory([ramRegion(0, RAM_FRAMES)]);
+  const on = {
+    ...{ memory: host.memory, pciFunction: host.function },
+    counters: counters(DRIVER_COUNTERS, countersBuffer(DRIVER_COUNTERS)),
+    cpu: { waitFor: (done: () => boolean) => done() },
+  };
+  const driver = GuestDriver.activate(on, new FramePool(host.memory, 1024 as Gfn, 512), 1);
+  return { host, driver, gate: new DeviceGate(iommu, GATE, () => host.serveDevices()) };
+}
+
+const noEntry = (error: unknown) => error instanceof DmaMapFailed && error.status === VIRTIO_IOMMU_S_NOENT;
+
+test("a plugged function can be attached to a domain, by the number that it has in the IOMMU; one that is gone leaves it", () => {
+  const { host, driver, gate } = guest();
+  const { domains } = driver;
+  assert.throws(() => domains.attach(DOMAIN, FIRST), noEntry);
+  host.assign({ bdf: FIRST, gate: GATE });
+  domains.attach(DOMAIN, FIRST);
+  domains.map(DOMAIN, 100, 5, 1, 3);
+  assert.equal(gate.translate(100, "write"), 5);
+  host.unassign(FIRST);
+  assert.equal(gate.translate(100, "write"), -1);
+  assert.throws(() => domains.map(DOMAIN, 101, 6, 1, 3), noEntry, "its domain has ceased to exist");
+  assert.throws(() => domains.attach(DOMAIN, FIRST), noEntry);
+
+  host.assign({ bdf: SECOND, gate: GATE });
+  domains.attach(DOMAIN, SECOND);
+  domains.map(DOMAIN, 100, 7, 1, 3);
+  assert.equal(gate.translate(100, "write"), 7);
+});
