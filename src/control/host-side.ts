@@ -18,6 +18,7 @@ import {
   type TrackingCounters,
 } from "../tracking/tracker.ts";
 import type { IdleRange, IdleSlice } from "../tracking/unpin-passes.ts";
+import { gatesOf } from "../virtio/device.ts";
 import { EVENT_QUEUE, VirtioIommu } from "../virtio/iommu.ts";
 import { VirtioPciFunction } from "../virtio/pci.ts";
 import type { DirtyCommands } from "./dirty.ts";
@@ -136,10 +137,8 @@ export class HostSide {
       quota: data.strategy === "coiommu" ? data.quota : Number.POSITIVE_INFINITY,
       ...lifeOf(data),
       bus: {
-        mastering: () => this.#gates().some((gate) => this.#iommu.isMastering(gate)),
-        quiet: () =>
-          this.#gates().length === this.#assigned.size &&
-          !this.#gates().some((gate) => this.#iommu.isMastering(gate)),
+        mastering: () => this.#isMastering(),
+        quiet: () => gatesOf(this.#assigned).length === this.#assigned.size && !this.#isMastering(),
       },
       ...(openTable && { openTable }),
     });
@@ -235,8 +234,8 @@ export class HostSide {
     this.#toldStopped = true;
   }
 
-  #gates(): number[] {
-    return [...this.#assigned.values()].filter((gate) => gate !== undefined);
+  #isMastering(): boolean {
+    return gatesOf(this.#assigned).some((gate) => this.#iommu.isMastering(gate));
   }
 
   /** Once begun it goes on, so that what has gone is told; what may not go any more has stayed. */

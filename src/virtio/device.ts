@@ -3,6 +3,9 @@ import type { SplitQueue } from "./queue.ts";
 
 /** Functions that are assigned, and so tracked: each one's number in the software IOMMU, or undefined behind another. */
 export type Assigned = ReadonlyMap<Bdf, number | undefined>;
+/** Their numbers, of those behind our IOMMU. */
+export const gatesOf = (assigned: Assigned): number[] =>
+  [...assigned.values()].filter((gate) => gate !== undefined);
 
 /** A virtio device model, without its transport. Register offsets are relative to its device configuration. */
 export interface VirtioDevice {

@@ -44,7 +44,7 @@ import {
   VIRTIO_IOMMU_T_PROBE,
   VIRTIO_IOMMU_T_UNMAP,
 } from "../wire/virtio-iommu.ts";
-import type { Assigned, VirtioDevice } from "./device.ts";
+import { type Assigned, gatesOf, type VirtioDevice } from "./device.ts";
 import { FaultReports } from "./fault-reports.ts";
 import { type InputRange, MSI_WINDOW, RemappingRequests } from "./iommu-requests.ts";
 import { type Buffer, type Chain, lengthOf, MalformedChain, type SplitQueue, scatter } from "./queue.ts";
@@ -170,8 +170,7 @@ export class VirtioIommu implements VirtioDevice {
 
   #setBypass(bypass: number): void {
     Config.write(this.#config, { bypass });
-    const endpoints = [...this.#o.assigned.values()].filter((e) => e !== undefined);
-    this.#o.tracker.remapping.setBypass(bypass === 1, endpoints);
+    this.#o.tracker.remapping.setBypass(bypass === 1, gatesOf(this.#o.assigned));
   }
 
   #fillBitmap(gpa: number): boolean {
