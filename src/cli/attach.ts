@@ -34,6 +34,7 @@ interface AttachCommandOptions extends PinOptions {
   readonly qmp: string;
   readonly assigned: readonly Bdf[];
   readonly disk: readonly string[];
+  readonly faultCapableDisk: readonly string[];
   readonly json?: string;
 }
 
@@ -56,6 +57,13 @@ export function attachCommand(): Command {
     [],
     "none",
   );
+  option(
+    "--fault-capable-disk <file>",
+    "the same for a disk that may fault on its buffers; in the guest: modprobe coiommu fault_capable=BDF,…",
+    (file, list) => [...(list as string[]), file],
+    [],
+    "none",
+  );
   addPinOptions(option);
   option("--json <file>", "write the result as JSON, to a file or to - (standard output)", (file) => file);
   return command.addHelpText("after", EXAMPLES).action(async (options: AttachCommandOptions) => {
@@ -70,9 +78,13 @@ export function attachCommand(): Command {
 
 async function attach(options: AttachCommandOptions, progress: Progress): Promise<void> {
   const { qmp, assigned, policy, interval, activationTimeout } = options;
+  const disks = [
+    ...options.disk.map((file) => ({ file, faultCapable: false })),
+    ...options.faultCapableDisk.map((file) => ({ file, faultCapable: true })),
+  ];
   const attachment = await Attachment.start({
     ...{ qmp, assigned, policy, interval, activationTimeout, onWarning: progress.warn },
-    disks: options.disk.map((file) => ({ file, sizeMiB: 0 })),
+    disks: disks.map((disk) => ({ ...disk, sizeMiB: 0 })),
     pinner: vmPinner(options.pinner, progress.warn),
     quota: (memoryMiB) => quotaFrames(options.quota, memoryMiB),
   });
@@ -84,9 +96,10 @@ async function attach(options: AttachCommandOptions, progress: Progress): Promis
     progress.note(
       `attached to QEMU ${attachment.version}: ${where} is coIOMMU; in the guest: modprobe coiommu`,
     );
-    options.disk.forEach((file, i) => {
+    disks.forEach(({ file, faultCapable }, i) => {
       const bdf = attachment.bdfOf(attachment.diskIds[i]);
-      if (bdf !== undefined) progress.note(`${formatBdf(bdf)} is the disk ${file}`);
+      const disk = faultCapable ? "fault-capable disk" : "disk";
+      if (bdf !== undefined) progress.note(`${formatBdf(bdf)} is the ${disk} ${file}`);
     });
     const how = await Promise.race([attachment.ended, forced.promise, attachment.failed]);
     clearInterval(summary);

@@ -58,6 +58,7 @@ export interface MachineOptions extends PinOptions {
   readonly workload?: Workload;
   readonly disk?: string;
   readonly diskSize: number;
+  readonly faultCapable: boolean;
   readonly json?: string;
   readonly api?: string;
 }
@@ -136,6 +137,11 @@ export function addMachineOptions(command: Command): Command {
     (file) => file,
   );
   option("--disk-size <size>", "size of the assigned disk in memory", parseMemoryMiB, 256, "256M");
+  command.option(
+    "--fault-capable",
+    "assigned devices may fault on their buffers, which are pinned then and not when mapped (coiommu)",
+    false,
+  );
   option(
     "--api <path>",
     "while it runs, serve HTTP on a Unix socket: see and change what the guest may have pinned (/openapi.json)",
@@ -166,6 +172,7 @@ export const runOptions = (
   interval: options.interval,
   quota: quotaFrames(options.quota, options.memory),
   disk: { sizeMiB: options.diskSize, ...(options.disk !== undefined && { file: options.disk }) },
+  faultCapable: options.faultCapable,
   beforeActivation: options.beforeActivation ?? beforeActivation,
   activationTimeout: options.activationTimeout,
   onWarning: progress.warn,

@@ -12,7 +12,7 @@ import { connectQmp } from "../machine/qemu/qmp-socket.ts";
 import { createPolicy } from "../policy/registry.ts";
 import type { TrackingCounters } from "../tracking/tracker.ts";
 import { Balloon } from "./balloon.ts";
-import type { Started } from "./host-side.ts";
+import type { AssignedFunction, Started } from "./host-side.ts";
 import type { MachineEnd, MachineOptions } from "./machine.ts";
 import { Operator } from "./operator.ts";
 import { type DiskPart, Parts } from "./parts.ts";
@@ -34,10 +34,12 @@ export interface AttachOptions extends Pick<MachineOptions, Settings> {
   /** Functions that QEMU has already, as the guest numbers them, whose DMA is to be tracked. */
   readonly assigned: readonly Bdf[];
   /** Disks of ours to plug, tracked. */
-  readonly disks: readonly StoreOptions[];
+  readonly disks: readonly AttachedDisk[];
   /** Frames, for a guest of this size. */
   quota(memoryMiB: number): number;
 }
+
+export type AttachedDisk = StoreOptions & Pick<AssignedFunction, "faultCapable">;
 
 /** Name in QEMU of our virtio-iommu. */
 const IOMMU_ID = "coiommu";
@@ -125,11 +127,11 @@ export class Attachment {
   }
 
   /** Give the VM one more disk of ours, tracked. Returns its id. */
-  async plugDisk(store: StoreOptions): Promise<string> {
-    return await this.#plugDisk(await this.#parts.addDisk(store));
+  async plugDisk({ faultCapable = false, ...store }: AttachedDisk): Promise<string> {
+    return await this.#plugDisk(await this.#parts.addDisk(store), faultCapable);
   }
 
-  async #plugDisk(disk: DiskPart): Promise<string> {
+  async #plugDisk(disk: DiskPart, faultCapable: boolean): Promise<string> {
     const id = `${IOMMU_ID}-disk${this.#disks++}`;
     try {
       // One that a killed coiommu has left stays when its disk has gone.
@@ -144,7 +146,10 @@ export class Attachment {
         { ...device, iommu_platform: true, "disable-legacy": "on" },
         {
           // Before the guest's driver can bind.
-          before: (bdf) => this.#parts.backendWorker.request("assign", { bdf, gate: disk.gate }),
+          before: (bdf) =>
+            this.#parts.backendWorker.request("assign", {
+              ...{ bdf, gate: disk.gate, faultCapable },
+            } satisfies AssignedFunction),
           refused: (bdf) => this.#parts.backendWorker.request("unassign", bdf),
         },
       );
@@ -206,10 +211,11 @@ export class Attachment {
 
   async #plugAll(): Promise<void> {
     // Images that cannot be used are found out before QEMU has anything of ours.
-    const disks: DiskPart[] = [];
-    for (const store of this.#options.disks) disks.push(await this.#parts.addDisk(store));
+    const disks: (readonly [DiskPart, boolean])[] = [];
+    for (const { faultCapable = false, ...store } of this.#options.disks)
+      disks.push([await this.#parts.addDisk(store), faultCapable]);
     await this.#plugIommu();
-    for (const disk of disks) this.diskIds.push(await this.#plugDisk(disk));
+    for (const [disk, faultCapable] of disks) this.diskIds.push(await this.#plugDisk(disk, faultCapable));
   }
 
   async #plugIommu(): Promise<void> {

@@ -14,7 +14,7 @@ export interface BackendData extends HostSideData {
   readonly wakeFd: number;
   /** Our end of the mpqemu socket pair. */
   readonly socketFd: number;
-  /** Eventfd on which devices ask for frames that they touch before the guest's driver is active. */
+  /** Eventfd on which devices ask for frames that they touch. */
   readonly touchFd: number;
 }
 

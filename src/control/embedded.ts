@@ -205,11 +205,14 @@ class Threads {
   }
 
   #startBackend(pins: SharedArrayBuffer): WorkerHost {
-    const { strategy, policy, interval, quota, pinner, backendEntry } = this.#options;
+    const { strategy, policy, interval, quota, pinner, faultCapable = false, backendEntry } = this.#options;
     const { beforeActivation, activationTimeout } = this.#options;
     const data = {
       ...{ ram: this.ram.ram, iommu: this.#iommu, mailbox: this.#mailbox, bell: this.#backendBell },
-      ...{ counters: pins, assigned: this.#plan.map(({ endpoint }, gate) => ({ bdf: endpoint, gate })) },
+      ...{
+        counters: pins,
+        assigned: this.#plan.map(({ endpoint: bdf }, gate) => ({ bdf, gate, faultCapable })),
+      },
       ...{ strategy, policy, interval, quota, pinner, beforeActivation, activationTimeout },
       qemu: false,
     } satisfies EmbeddedBackendData;
@@ -229,7 +232,7 @@ class Threads {
   }
 
   #startCpu(number: number, ofDriver: SharedArrayBuffer): WorkerHost {
-    const { cpus } = this.#options;
+    const { cpus, faultCapable = false } = this.#options;
     const bell = this.#cpuBells[number]!;
     const link = this.#links[this.#deviceOf(number)];
     const data = {
@@ -242,7 +245,7 @@ class Threads {
         mailbox: this.#mailbox,
         bell,
       },
-      ...{ backendBell: this.#backendBell, counters: ofDriver },
+      ...{ backendBell: this.#backendBell, counters: ofDriver, faultCapable },
     } satisfies CpuData;
     return this.#worker(`CPU ${number}`, CPU_WORKER, data, bell);
   }

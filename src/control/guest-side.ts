@@ -18,12 +18,20 @@ export async function demand(agent: GuestAgent, script: string, what: string): P
 }
 
 /** Our module before virtio_pci: then the disk's DMA operations are replaced before its driver binds. */
-export async function loadDrivers(agent: GuestAgent, guest: Guest, strategy: Strategy): Promise<void> {
+export async function loadDrivers(
+  agent: GuestAgent,
+  guest: Guest,
+  strategy: Strategy,
+  faultCapable = false,
+): Promise<void> {
   const driven = hasDriver(strategy);
-  const lazy = strategy === "viommu-lazy" ? " lazy=1" : "";
-  const parameters = isRemapping(strategy) ? ` remap=all${lazy}` : "";
+  const parameters = [
+    ...(isRemapping(strategy) ? ["remap=all"] : []),
+    ...(strategy === "viommu-lazy" ? ["lazy=1"] : []),
+    ...(faultCapable ? [`fault_capable=${formatBdf(DISK_BDF)}`] : []),
+  ];
   const script = `set -e
-${driven ? `modprobe ${guest.moduleName}${parameters}` : ""}
+${driven ? ["modprobe", guest.moduleName, ...parameters].join(" ") : ""}
 modprobe virtio_pci
 modprobe virtio_blk
 modprobe virtio_balloon

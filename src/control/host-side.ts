@@ -32,6 +32,8 @@ export interface AssignedFunction {
   readonly bdf: Bdf;
   /** Its number in the software IOMMU, if its DMA goes through that. */
   readonly gate?: number;
+  /** Its DMA faults are no failures: what it touches is pinned then. */
+  readonly faultCapable?: boolean;
 }
 
 export interface HostSideData {
@@ -123,7 +125,7 @@ export class HostSide {
     this.#iommu = new SoftwareIommu(data.iommu, monotonicClock);
     this.#iommu.setOpen(data.strategy === "none");
     this.#pinner = data.pinner === "io_uring" ? new IoUringPinner() : new SoftwarePinner();
-    this.#assigned = new Map(data.assigned.map(({ bdf, gate }) => [bdf, gate]));
+    this.#assigned = new Map();
     this.#kernelPagesBefore = this.#pinner.kernelPinnedPages();
     this.#counters = counters(TRACKING_COUNTERS, data.counters);
     this.#tracker = new Tracker({
@@ -142,6 +144,7 @@ export class HostSide {
       },
       ...(openTable && { openTable }),
     });
+    for (const assigned of data.assigned) this.assign(assigned);
     this.#device = new VirtioIommu({
       memory: this.memory,
       tracker: this.#tracker,
@@ -172,10 +175,12 @@ export class HostSide {
    * A function is plugged, or gone. The guest's driver asks which ones are assigned whenever one binds. What a function
    * that is gone had mapped is unpinned as ever: when its driver has unmapped it. It is attached to no domain any more.
    */
-  assign({ bdf, gate }: AssignedFunction): void {
+  assign({ bdf, gate, faultCapable = false }: AssignedFunction): void {
     this.#reportFaults(); // of what had this gate before
     this.#assigned.set(bdf, gate);
-    if (gate !== undefined) this.#tracker.remapping.add(gate);
+    if (gate === undefined) return;
+    this.#iommu.setFaultCapable(gate, faultCapable);
+    this.#tracker.remapping.add(gate);
   }
   unassign(bdf: Bdf): void {
     const gate = this.#assigned.get(bdf);
@@ -183,13 +188,10 @@ export class HostSide {
     if (gate !== undefined) this.#tracker.remapping.remove(gate);
   }
 
-  /**
-   * Answer devices that ask for frames which they touch before the guest's driver is active, and tell the guest of DMA
-   * faults.
-   */
+  /** Answer devices that ask for frames which they touch, and tell the guest of DMA faults. */
   serveDevices(): void {
     this.#reportFaults();
-    this.#iommu.serveRequests((gfn) => this.#tracker.touchedByFirmware(gfn));
+    this.#iommu.serveRequests((...asked) => this.#tracker.touched(...asked));
   }
 
   #reportFaults(): void {

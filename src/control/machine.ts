@@ -26,6 +26,8 @@ export interface MachineOptions {
   /** With strategy `coiommu`: what is pinned before a driver turns PIN on, and how long it may take to (Infinity: for ever). */
   readonly beforeActivation: BeforeActivation;
   readonly activationTimeout: number;
+  /** Assigned devices may fault on their buffers, which nobody maps; their rings are tracked. */
+  readonly faultCapable?: boolean;
   readonly onWarning?: (text: string) => void;
   /** Told what is done before the guest starts. */
   readonly onProgress?: (text: string) => void;

@@ -57,6 +57,8 @@ export interface RunResult {
     readonly framesUnpinned: number;
     /** Pinned because firmware or a device touched them before the guest's driver was active. */
     readonly framesFirmware: number | null;
+    /** Pinned because a fault-capable device touched them. */
+    readonly framesFaulted: number | null;
     readonly framesSpeculative: null;
     readonly framesPeak: number;
     readonly framesMean: number;

@@ -165,6 +165,7 @@ export function pinsOf(
     framesPinned: pins.framesPinned,
     framesUnpinned: pins.framesUnpinned,
     framesFirmware: hasDriver(strategy) ? pins.framesFirmware : null,
+    framesFaulted: tracked ? pins.framesFaulted : null,
     framesSpeculative: null,
     framesPeak: pins.framesPeak,
     framesMean: round(meanPinned(pins, monotonicClock.now())),

@@ -79,8 +79,9 @@ export class Vm implements Machine {
 
   /** Throws UserError when a part cannot start; then nothing is left behind. */
   static async start(options: VmOptions): Promise<Vm> {
+    const { faultCapable = false } = options;
     const frames = (options.memoryMiB * 2 ** 20) / FRAME_SIZE + PCI_HOLE_FRAMES;
-    const parts = new Parts({ ...options, frames, assigned: [{ bdf: DISK_BDF, gate: 0 }] });
+    const parts = new Parts({ ...options, frames, assigned: [{ bdf: DISK_BDF, gate: 0, faultCapable }] });
     let qemu: Qemu | undefined;
     try {
       const disk = await parts.addDisk(options.disk);
@@ -108,7 +109,8 @@ export class Vm implements Machine {
   async boot(): Promise<Booted> {
     const kernel = await this.qemu.agent.hello(USERSPACE_MS);
     const userspaceAt = monotonicClock.now();
-    await loadDrivers(this.qemu.agent, this.#options.guest, this.#options.strategy);
+    const { guest, strategy, faultCapable } = this.#options;
+    await loadDrivers(this.qemu.agent, guest, strategy, faultCapable);
     return { kernel, userspaceAt };
   }
 

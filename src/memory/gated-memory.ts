@@ -5,6 +5,9 @@ import type { DmaAccess, GuestAccess, GuestMemory } from "./guest-memory.ts";
 /** An address that leads nowhere. */
 export const NO_FRAME = -1;
 
+/** How often, on average, an access asks for each of its frames. */
+const TRIES_PER_FRAME = 4;
+
 /** What an assigned device asks of its IOMMU; tracking/software-iommu.ts implements it. */
 export interface DmaGate {
   /** Open a DMA window: frames that are reached inside it stay pinned until leave(). */
@@ -13,8 +16,9 @@ export interface DmaGate {
   /** The frame behind a page of the device's address space, or NO_FRAME: the access must not happen. */
   translate(page: number, access: DmaAccess): Gfn | typeof NO_FRAME;
   /**
-   * Called outside a window for a frame that is not pinned: ask the host to pin it now. True iff it did. Only before
-   * the guest's driver is active, and to a device in bypass, is that granted (abi.md section 4, "undecided").
+   * Called outside a window for a frame that is not pinned: ask the host to pin it now. True iff it did. Only to a
+   * device in bypass is that granted: to a fault-capable one at any time, to others before the guest's driver is active
+   * (abi.md section 4, "undecided").
    */
   request(gfn: Gfn): boolean;
   /** Told of an access that does not happen: translate() has just said so of `address`, and request() has not helped. */
@@ -70,8 +74,9 @@ export class GatedMemory implements GuestAccess {
   ): T {
     const first = gfnOf(address);
     const last = gfnOf(address + Math.max(length, 1) - 1);
-    // Each turn either succeeds, faults, or has one more frame pinned; the bound guards against a host that lies.
-    for (let tries = 0; tries <= last - first + 1; tries++) {
+    // Each turn either succeeds, faults, or has one more frame pinned. Unpin passes may take some away meanwhile, which
+    // the device then asks for again; the bound is for a quota that has no room for all of them, and a host that lies.
+    for (let tries = 0; tries <= TRIES_PER_FRAME * (last - first + 1); tries++) {
       this.#gate.enter();
       let missing: number;
       try {

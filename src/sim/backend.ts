@@ -170,7 +170,7 @@ export class Backend implements Actor {
         this.#rung = false;
         this.#answered = true;
         this.#served.reportFaults();
-        this.#iommu.serveRequests((gfn) => this.#tracker.touchedByFirmware(gfn));
+        this.#iommu.serveRequests((...asked) => this.#tracker.touched(...asked));
       };
     const order = this.#orders.shift();
     if (order) return () => order(this.#tracker);

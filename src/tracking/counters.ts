@@ -23,6 +23,7 @@ export const TRACKING_COUNTERS = [
   "framesPinned",
   "framesUnpinned",
   "framesFirmware",
+  "framesFaulted",
   "framesNow",
   "framesPeak",
   /** Integral of framesNow over time, in frame-nanoseconds, up to `changedAt`. */

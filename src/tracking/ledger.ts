@@ -7,6 +7,10 @@ import type { GfnBuffer } from "../policy/policy.ts";
 export const NO_TABLE = 0;
 /** Generation of frames that were pinned for a domain, and that no table has claimed since: they go with their needs. */
 export const ONLY_DOMAINS = 0xffff_ffff;
+/** Generations of frames that a fault-capable device touched, and that no table has claimed since: it touches them again. */
+export const FAULTED = 0xffff_fffe;
+/** Since the last unpin pass: as A in a unit. */
+export const FAULTED_LATELY = 0xffff_fffd;
 
 /** Frames of a range that are looked up one by one: a balloon asks for one frame, or for a few, again and again. */
 const SMALL_RANGE = 4096;

@@ -91,6 +91,12 @@ export class RequestPins {
     return status;
   }
 
+  /** A frame of RAM that a device touches, under a generation of the ledger. */
+  touch(gfn: Gfn, generation: number): number {
+    this.#gfns[0] = gfn;
+    return this.#pinFresh(1, generation);
+  }
+
   /** Pin those of the first `count` frames of #gfns that are not pinned; with a full unpin first where it is tight. */
   #pinFresh(count: number, generation: number): number {
     const { pins, counters, room, unpinAll } = this.#o;

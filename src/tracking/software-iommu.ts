@@ -19,7 +19,7 @@ import { ENTRY_FLAGS, ENTRY_FRAMES, IovaTables, walk } from "./iova-tables.ts";
 const GRANTING = 0;
 /**
  * Per device, from here: window sequence (odd: a DMA window is open), request state, requested GFN, context: what the
- * device's addresses mean, and 1 while it may begin to do DMA by itself.
+ * device's addresses mean, 1 while it may begin to do DMA by itself, and whether it is fault-capable.
  */
 const DEVICES = 16;
 const PER_DEVICE = 16; // one cache line
@@ -28,6 +28,7 @@ const REQUEST = 1;
 const REQUESTED = 2;
 const CONTEXT = 3;
 const MASTERING = 4;
+const FAULT_CAPABLE = 5;
 
 const IDLE = 0;
 const ASKED = 1;
@@ -96,6 +97,7 @@ export class SoftwareIommu {
   readonly #words: SharedWords;
   readonly #frames: number;
   readonly #clock: Clock;
+  #writesUntold = false;
 
   constructor(table: IommuTable, clock: Clock) {
     this.#words = wordsOf(table);
@@ -127,7 +129,18 @@ export class SoftwareIommu {
     this.#words.store(at, meaning | (this.#words.load(at) & OPEN));
   }
 
-  /** Whether devices may ask for frames that they touch to be pinned: only while the guest is undecided. */
+  /** Whether a device may ask at any time for frames that it touches to be pinned. */
+  setFaultCapable(device: number, capable: boolean): void {
+    this.#words.store(contextAt(device) - CONTEXT + FAULT_CAPABLE, Number(capable));
+    this.#writesUntold ||= capable;
+  }
+
+  /** There has been a fault-capable device: it may write every pinned frame, and no driver says when. */
+  get writesUntold(): boolean {
+    return this.#writesUntold;
+  }
+
+  /** Whether all devices may ask so: only while the guest is undecided. */
   setGranting(granting: boolean): void {
     this.#words.store(GRANTING, granting ? 1 : 0);
   }
@@ -175,12 +188,13 @@ export class SoftwareIommu {
   }
 
   /** Answer the devices' requests for a frame: `pin` returns whether it is pinned now. */
-  serveRequests(pin: (gfn: Gfn) => boolean): void {
+  serveRequests(pin: (gfn: Gfn, faultCapable: boolean) => boolean): void {
     for (let device = 0; device < DEVICES_MAX; device++) {
       const base = DEVICES + device * PER_DEVICE;
       if (this.#words.load(base + REQUEST) !== ASKED) continue;
       const gfn = this.#words.load(base + REQUESTED) as Gfn;
-      this.#words.store(base + REQUEST, pin(gfn) ? GRANTED : REFUSED);
+      const faultCapable = this.#words.load(base + FAULT_CAPABLE) !== 0;
+      this.#words.store(base + REQUEST, pin(gfn, faultCapable) ? GRANTED : REFUSED);
       this.#words.notify(base + REQUEST);
     }
   }
@@ -270,7 +284,9 @@ export class DeviceGate implements DmaGate {
   }
 
   request(gfn: Gfn): boolean {
-    if (this.#words.load(GRANTING) === 0 || gfn >= this.#frames) return false;
+    const mayAsk = this.#words.load(GRANTING) !== 0 || this.#words.load(this.#base + FAULT_CAPABLE) !== 0;
+    if (!mayAsk || gfn >= this.#frames) return false;
+    // What a domain maps is pinned: there is nothing to ask for.
     if (this.#words.load(this.#base + CONTEXT) > (BYPASS | OPEN)) return false;
     const at = this.#base + REQUEST;
     this.#words.store(this.#base + REQUESTED, gfn);

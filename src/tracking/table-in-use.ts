@@ -1,7 +1,7 @@
 import type { Gfn } from "../base/units.ts";
 import type { Claim } from "../policy/policy.ts";
 import { type DmaTrackingTable, NO_UNIT, type Unit } from "./dtt.ts";
-import { type Ledger, NO_TABLE } from "./ledger.ts";
+import { FAULTED, FAULTED_LATELY, type Ledger, NO_TABLE } from "./ledger.ts";
 
 /** The table that a driver has turned PIN on with, if any, and what of the ledger it has claimed since. */
 export class TableInUse {
@@ -52,11 +52,18 @@ export class TableInUse {
     if (!table || !this.#ledger.has(gfn)) return "gone";
     if (this.#ledger.isNeeded(gfn)) return "mapped";
     const foreign = this.isForeign(gfn);
-    // abi.md section 3: "PIN on without COMPLETE: ... unpin only frames that this table once claimed."
-    if (foreign && !this.#complete) return "mapped";
+    const generation = this.#ledger.generation(gfn);
+    const faulted = generation === FAULTED || generation === FAULTED_LATELY;
+    // abi.md section 3: "PIN on without COMPLETE: ... unpin only frames that this table once claimed." One that was pinned
+    // by a fault was not pinned before: who cannot fault did not rely on it, unless it has claimed it since.
+    if (foreign && !faulted && !this.#complete) return "mapped";
     const unit = table.walk(gfn);
     const outcome = unit === NO_UNIT ? "not-pinned" : table.claimForUnpin(unit);
     if (outcome !== "not-pinned") return outcome;
+    if (generation === FAULTED_LATELY) {
+      this.#ledger.claim(gfn, FAULTED);
+      return "accessed";
+    }
     // P and COUNT are 0, so nobody relies on this pin: a map from now on asks. One of firmware, or of an earlier table,
     // may go. One that this table claimed has had its P cleared by the guest: abi.md section 4 keeps it.
     return foreign ? "claimed" : "mapped";
@@ -85,7 +92,7 @@ export class TableInUse {
     return unit === NO_UNIT || this.#table!.takeDirty(unit);
   }
 
-  /** Pinned for firmware, for a domain, or by an earlier table, and not asked for since. */
+  /** Pinned for firmware, for a domain, for a fault, or by an earlier table, and not asked for since. */
   isForeign(gfn: Gfn): boolean {
     return this.#ledger.generation(gfn) !== this.#generation;
   }

@@ -9,7 +9,7 @@ import { countPinned, type TrackingCounters } from "./counters.ts";
 import { DirtyTracking } from "./dirty.ts";
 import { DmaTrackingTable } from "./dtt.ts";
 import type { FaultLog } from "./faults.ts";
-import { type Ledger, NO_TABLE } from "./ledger.ts";
+import { FAULTED_LATELY, type Ledger, NO_TABLE } from "./ledger.ts";
 import {
   type AssignedBus,
   type BeforeActivation,
@@ -87,7 +87,7 @@ export class Tracker {
     this.#static = new StaticPins(options.memory, options.pinner, options.iommu);
     this.dirty = new DirtyTracking(
       () => (this.#static.frames > 0 ? options.memory.frames() : this.#ledger.frames()),
-      (gfn) => this.#table.takeDirty(gfn),
+      (gfn) => options.iommu.writesUntold || this.#table.takeDirty(gfn),
     );
     const parts = { pins: this.#pins, table: this.#table, clock: options.clock, counters: options.counters };
     const parked = () => this.parked || this.life === "static";
@@ -230,21 +230,21 @@ export class Tracker {
     this.#show();
   }
 
-  /** A device touched `gfn`, which is not pinned. Granted only while the guest is undecided. */
-  touchedByFirmware(gfn: Gfn): boolean {
-    if (!this.#granting || !this.#o.memory.find(gpaOf(gfn), FRAME_SIZE)) return false;
+  /**
+   * A device touched `gfn`, which was not pinned. True: it is now. A fault-capable device has that right at any time, and
+   * touches again what was unpinned; any other has it only while the guest is undecided. Within the quota, because a
+   * guest could make its devices touch all of its memory.
+   */
+  touched(gfn: Gfn, faultCapable: boolean): boolean {
+    const { memory, wholeRam, counters } = this.#o;
+    if (!(faultCapable || this.#granting) || wholeRam) return false;
+    if (!memory.find(gpaOf(gfn), FRAME_SIZE)) return false;
     if (this.#ledger.has(gfn)) return true;
-    // A guest without a driver could make its devices touch all of its memory.
-    if (this.pinned >= this.#quota) return false;
-    try {
-      this.#pinFirmware([gfn]);
-      return true;
-    } catch (error) {
-      if (error instanceof HostError) return false;
-      throw error;
-    } finally {
-      this.#changed();
-    }
+    const status = this.#requests.touch(gfn, faultCapable ? FAULTED_LATELY : NO_TABLE);
+    this.#changed();
+    if (status !== VIRTIO_IOMMU_S_OK) return false;
+    counters[faultCapable ? "framesFaulted" : "framesFirmware"]++;
+    return true;
   }
 
   // --- the operator's word ---------------------------------------------------------------------------------------

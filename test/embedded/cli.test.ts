@@ -81,6 +81,21 @@ test("--before-activation all with a quota below what the guest has is refused",
   assert.match(complaint(ended), /--quota cannot be below 65536 frames/);
 });
 
+for (const workload of [
+  "fio:rw=randrw,bs=4k,iodepth=8,seconds=2,size=8M",
+  "nic:mode=fresh,traffic=loopback,seconds=2",
+  "gpu:buffers=2,size=2M,hold=200,seconds=2",
+])
+  test(`fault-capable, ${workload}: only rings are mapped, buffers are pinned by faults, and lazily unpinned`, async () => {
+    const run = await result("--fault-capable", "--workload", workload);
+    checkSound(run);
+    assert.ok(run.workload.verified === true && run.dma.transfers > 0);
+    const { requests, framesFaulted, framesPinned, framesUnpinned } = run.pins;
+    assert.ok(run.maps.framesMapped! < framesFaulted! / 10);
+    assert.ok(framesPinned <= framesFaulted! + run.maps.framesMapped!);
+    assert.ok(requests! <= run.maps.map! && framesUnpinned > 0);
+  });
+
 test("the check of the JSON's fields finds one too many and one too few", async () => {
   const run = await result("--workload", "idle:seconds=1");
   assert.deepEqual(fieldDifferences(run), []);

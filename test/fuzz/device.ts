@@ -92,7 +92,7 @@ class FuzzedDevice {
     const buffer = createIommuBuffer(IOMMU_FRAMES);
     const iommu = new (parts.iommu ?? SoftwareIommu)(buffer, this.#clock);
     this.#gate = new DeviceGate(buffer, 0, () =>
-      iommu.serveRequests((gfn) => this.#tracker.touchedByFirmware(gfn)),
+      iommu.serveRequests((...asked) => this.#tracker.touched(...asked)),
     );
     this.#oracle = new DeviceGate(buffer, DEVICES_MAX - 1, () => {});
     this.#tracker = new Tracker({

@@ -27,7 +27,7 @@ export function machine(options: MachineOptions = {}) {
   const iommuBuffer = createIommuBuffer(2 ** 20);
   const iommu = new SoftwareIommu(iommuBuffer, clock);
   const gate = new DeviceGate(iommuBuffer, 0, () =>
-    iommu.serveRequests((gfn) => tracker.touchedByFirmware(gfn)),
+    iommu.serveRequests((...asked) => tracker.touched(...asked)),
   );
   const otherGate = new DeviceGate(iommuBuffer, 1, () => {});
   const policy = new LruPolicy();

@@ -59,6 +59,7 @@ const FIELDS: Record<PathOf<RunResult>, true> = {
   "pins.framesPinned": true,
   "pins.framesUnpinned": true,
   "pins.framesFirmware": true,
+  "pins.framesFaulted": true,
   "pins.framesSpeculative": true,
   "pins.framesPeak": true,
   "pins.framesMean": true,

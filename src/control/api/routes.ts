@@ -179,6 +179,7 @@ function trackingOf({ machine, options }: LiveGuest): Static<typeof schemas.Coun
     pinRequests: tracked("pinRequests"),
     pinRequestsRefused: tracked("pinRequestsRefused"),
     framesFirmware: tracked("framesFirmware"),
+    framesFaulted: tracked("framesFaulted"),
     framesMapped: tracked("framesMapped"),
     passes: tracked("passes"),
   };

@@ -107,6 +107,7 @@ const Tracking = exactly({
   pinRequests: nullable(Count),
   pinRequestsRefused: nullable(Count),
   framesFirmware: nullable(Count),
+  framesFaulted: nullable(Count),
   framesMapped: nullable(Count),
   passes: nullable(Count),
 });

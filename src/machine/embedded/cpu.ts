@@ -3,6 +3,7 @@ import { type Bdf, FRAME_SIZE, type Gfn } from "../../base/units.ts";
 import { DRIVER_COUNTERS } from "../../driver/counters.ts";
 import { DirectDma } from "../../driver/dma.ts";
 import type { DmaApi } from "../../driver/dma-api.ts";
+import { FaultCapableDma } from "../../driver/fault-capable-dma.ts";
 import { FramePool, RunPool } from "../../driver/pages.ts";
 import { LazyQueue, RemappedDma } from "../../driver/remapped-dma.ts";
 import { type DriverCpu, type DriverPlaces, GuestDriver } from "../../driver/viommu.ts";
@@ -43,6 +44,8 @@ export interface CpuData {
   readonly ram: GuestRam;
   /** What its driver of the virtio-iommu does; null: there is none. */
   readonly driver: DriverMode | null;
+  /** Its device is fault-capable. */
+  readonly faultCapable: boolean;
   readonly mailbox: SharedArrayBuffer;
   readonly backendBell: SharedArrayBuffer;
   /** Its interrupts, and its commands. */
@@ -125,10 +128,13 @@ export class CpuThread {
   }
 
   #dmaOf(endpoint: Bdf): DmaApi {
-    const { driver, number } = this.#data;
+    const { driver, number, faultCapable } = this.#data;
     const direct = new DirectDma(this.#pages);
     if (!this.#driver) return direct;
-    if (driver === "coiommu") return this.#driver.dma(endpoint, direct);
+    if (driver === "coiommu") {
+      const tracked = this.#driver.dma(endpoint, direct);
+      return faultCapable ? new FaultCapableDma(direct, tracked) : tracked;
+    }
     const { domains } = this.#driver;
     // Of each CPU that uses the device: the first one makes the domain.
     domains.attach(endpoint, endpoint);
