@@ -123,6 +123,7 @@ const LABELS: Readonly<Record<keyof WorldStatistics, string>> = {
   unmapRequests: "UNMAP requests",
   allPinned: "times that all was pinned for want of a driver",
   balloonReturns: "frames back from a balloon",
+  framesFaulted: "frames pinned by faults",
 };
 
 function summary(result: SimResult): string {

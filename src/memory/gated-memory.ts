@@ -5,9 +5,6 @@ import type { DmaAccess, GuestAccess, GuestMemory } from "./guest-memory.ts";
 /** An address that leads nowhere. */
 export const NO_FRAME = -1;
 
-/** How often, on average, an access asks for each of its frames. */
-const TRIES_PER_FRAME = 4;
-
 /** What an assigned device asks of its IOMMU; tracking/software-iommu.ts implements it. */
 export interface DmaGate {
   /** Open a DMA window: frames that are reached inside it stay pinned until leave(). */
@@ -23,6 +20,8 @@ export interface DmaGate {
   request(gfn: Gfn): boolean;
   /** Told of an access that does not happen: translate() has just said so of `address`, and request() has not helped. */
   fault(address: number, access: DmaAccess): void;
+  /** An access has ended, well or not, that had made requests; what they asked for has stayed pinned until now. */
+  accessEnded?(): void;
 }
 
 /**
@@ -74,30 +73,35 @@ export class GatedMemory implements GuestAccess {
   ): T {
     const first = gfnOf(address);
     const last = gfnOf(address + Math.max(length, 1) - 1);
-    // Each turn either succeeds, faults, or has one more frame pinned. Unpin passes may take some away meanwhile, which
-    // the device then asks for again; the bound is for a quota that has no room for all of them, and a host that lies.
-    for (let tries = 0; tries <= TRIES_PER_FRAME * (last - first + 1); tries++) {
-      this.#gate.enter();
-      let missing: number;
-      try {
-        let gfn: number = this.#gate.translate(first, access);
-        // In bypass, and in one mapping of a domain, the pages follow each other in guest memory as well.
-        const distance = gfn - first;
-        let page: number = first;
-        if (gfn !== NO_FRAME)
-          while (++page <= last) {
-            gfn = this.#gate.translate(page, access);
-            if (gfn !== page + distance) break;
-          }
-        if (page > last) return run(address + distance * FRAME_SIZE, 0, length);
-        if (gfn !== NO_FRAME) return this.#scattered(address, length, access, run);
-        missing = page;
-      } finally {
-        this.#gate.leave();
+    let asked = false;
+    try {
+      // Each turn either succeeds, faults, or has one more frame pinned; the bound guards against a host that lies.
+      for (let tries = 0; tries <= last - first + 1; tries++) {
+        this.#gate.enter();
+        let missing: number;
+        try {
+          let gfn: number = this.#gate.translate(first, access);
+          // In bypass, and in one mapping of a domain, the pages follow each other in guest memory as well.
+          const distance = gfn - first;
+          let page: number = first;
+          if (gfn !== NO_FRAME)
+            while (++page <= last) {
+              gfn = this.#gate.translate(page, access);
+              if (gfn !== page + distance) break;
+            }
+          if (page > last) return run(address + distance * FRAME_SIZE, 0, length);
+          if (gfn !== NO_FRAME) return this.#scattered(address, length, access, run);
+          missing = page;
+        } finally {
+          this.#gate.leave();
+        }
+        asked = true;
+        if (!this.#gate.request(missing as Gfn)) throw this.#fault(address, missing, access);
       }
-      if (!this.#gate.request(missing as Gfn)) throw this.#fault(address, missing, access);
+      throw this.#fault(address, first, access);
+    } finally {
+      if (asked) this.#gate.accessEnded?.();
     }
-    throw this.#fault(address, first, access);
   }
 
   #fault(address: number, page: number, access: DmaAccess): DmaFault {

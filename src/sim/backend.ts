@@ -29,6 +29,8 @@ export interface BackendOptions {
   readonly activationTimeout: number;
   readonly assignedBus: AssignedBus;
   readonly assigned: Assigned;
+  /** Devices that may fault, by number. */
+  readonly faultCapable: readonly number[];
   readonly passInterval: Nanoseconds;
   /** Between two harvests of dirty frames; Infinity for none. */
   readonly harvestInterval: Nanoseconds;
@@ -45,6 +47,8 @@ export interface BackendOptions {
   /** Loads that are no steps, see SteppedMemory. */
   constant(gpa: number): boolean;
   idleWord(index: number): boolean;
+  /** A device asked for a frame when there was no room, or when the host failed. */
+  faultMayFail(): void;
   harvestBegins(): void;
   harvested(slice: DirtySlice): void;
   /** Called between two pieces of work. */
@@ -206,6 +210,7 @@ export class Backend implements Actor {
     const started = this.#start();
     ({ memory: this.#memory, iommu: this.#iommu, tracker: this.#tracker, served: this.#served } = started);
     this.#inPass = this.#inHarvest = false;
+    this.#rung = true; // for what the one that died has not answered
     this.#job = () => {
       this.#memory.setRegions(this.#o.memory.regions);
       this.#tracker.adopt([...this.host.pages].map(([handle, gfn]): [Gfn, number] => [gfn, handle]));
@@ -216,10 +221,11 @@ export class Backend implements Actor {
     const { turns, quota, beforeActivation, counters, openTable, assigned } = this.#o;
     const { activationTimeout, assignedBus } = this.#o;
     const { makeIommu = (...args) => new SoftwareIommu(...args) } = this.#o;
-    const { makeTracker = (...args) => new CheckedTracker(...args) } = this.#o;
+    const { makeTracker = (...args) => new CheckedTracker(...args), faultCapable, faultMayFail } = this.#o;
     const clock = { now: () => turns.time };
     const memory = new SteppedMemory([], this.#turn, { constant: this.#o.constant });
     const iommu = makeIommu(new SteppedWords(this.#o.iommu, this.#turn, this.#o.idleWord), clock);
+    for (const device of faultCapable) iommu.setFaultCapable(device, true);
     const tracker = makeTracker(
       {
         ...{
@@ -237,19 +243,37 @@ export class Backend implements Actor {
         ...(openTable && { openTable }),
       },
       this.host,
+      faultMayFail,
     );
     if (this.#o.harvestInterval < Number.POSITIVE_INFINITY) tracker.dirty.start();
     return { memory, iommu, tracker, served: this.#o.frontEnd.serve({ memory, tracker, assigned }) };
   }
 }
 
-/** Sees from outside that a PIN request is all or nothing. */
+/** Sees from outside that a PIN request is all or nothing, and that a fault is served while there is room. */
 export class CheckedTracker extends Tracker {
   readonly #host: FakeHost;
+  readonly #iommu: SoftwareIommu;
+  readonly #faultMayFail: () => void;
 
-  constructor(options: TrackerOptions, host: FakeHost) {
+  constructor(options: TrackerOptions, host: FakeHost, faultMayFail = () => {}) {
     super(options);
     this.#host = host;
+    this.#iommu = options.iommu;
+    this.#faultMayFail = faultMayFail;
+  }
+
+  override touched(gfn: Gfn, device: number): boolean {
+    const { failures } = this.#host;
+    const tight = this.pinned >= this.quota;
+    const granted = super.touched(gfn, device);
+    const excused = tight || this.#host.failures !== failures;
+    if (excused) this.#faultMayFail();
+    if (granted ? !this.#host.holds(gfn) : this.#iommu.isFaultCapable(device) && !excused)
+      throw new Violation(
+        `a fault on frame ${gfn} is ${granted ? "granted, but it is not held" : "refused"}`,
+      );
+    return granted;
   }
 
   override pin(ranges: Parameters<Tracker["pin"]>[0]): number {

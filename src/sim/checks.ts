@@ -20,6 +20,8 @@ export class Checks {
   /** Frames that devices have written and no harvest has given since, and how many harvests had begun before. */
   readonly #written = new Map<number, number>();
   #harvests = 0;
+  /** How often a device asked for a frame when there was no room, or when the host failed. */
+  #excuses = 0;
 
   constructor(o: {
     host: FakeHost;
@@ -91,6 +93,19 @@ export class Checks {
   /** A device's DMA was refused by the IOMMU, in a buffer that was mapped. */
   faulted(gpa: number): void {
     if (!this.#hostile) throw new Violation(`a DMA fault at 0x${gpa.toString(16)}, in a mapped buffer`);
+  }
+
+  faultMayFail(): void {
+    this.#excuses++;
+  }
+
+  /** A fault-capable device begins an access that no driver has mapped. Returns what to call if it faults for good. */
+  faultable(): (gpa: number) => void {
+    const before = this.#excuses;
+    return (gpa) => {
+      if (this.#excuses === before)
+        throw new Violation(`a fault at 0x${gpa.toString(16)} of a fault-capable device, within the quota`);
+    };
   }
 
   /** A driver has been told that a mapping succeeded. */

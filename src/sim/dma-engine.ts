@@ -18,6 +18,8 @@ export interface Job {
   readonly writes: boolean;
   /** Not of a driver that tells what its device uses: whether nobody promises now that it goes through. */
   readonly mayFault?: () => boolean;
+  /** No driver has mapped the buffer: the device is fault-capable. */
+  readonly unmapped?: boolean;
   done(): void;
 }
 
@@ -72,10 +74,12 @@ export class DmaEngine {
     if (!job) return undefined;
     const { iova, length } = job.segments[this.#segment]!;
     const excused = job.mayFault?.() ?? false;
+    const faulted = job.unmapped ? this.#checks.faultable() : (gpa: number) => this.#checks.faulted(gpa);
     return {
       run: () => this.#memory.transfer(iova, length, () => {}, job.writes ? "write" : "read"),
       settle: (outcome) => {
-        if ("error" in outcome) this.#failed(outcome.error, excused || (job.mayFault?.() ?? false));
+        if ("error" in outcome)
+          this.#failed(outcome.error, excused || (job.mayFault?.() ?? false) ? () => {} : faulted);
         else this.transfers++;
         if (++this.#segment < job.segments.length) return;
         this.#segment = 0;
@@ -85,9 +89,8 @@ export class DmaEngine {
     };
   }
 
-  #failed(error: unknown, excused: boolean): void {
-    if (error instanceof DmaFault) {
-      if (!excused) this.#checks.faulted(error.gpa);
-    } else throw new Violation(`a device failed: ${error}`);
+  #failed(error: unknown, faulted: (gpa: number) => void): void {
+    if (error instanceof DmaFault) faulted(error.gpa);
+    else throw new Violation(`a device failed: ${error}`);
   }
 }

@@ -25,6 +25,8 @@ export class FakeHost implements Pinner {
   readonly kernelSource = "none";
   /** Frames by the handle of their pin. */
   readonly pages = new Map<number, Gfn>();
+  /** Pins that were refused. */
+  failures = 0;
   readonly #pins = new Map<Gfn, number>();
   readonly #holes = new Set<Gfn>();
   /** Handles of pins whose page has been discarded. */
@@ -67,6 +69,7 @@ export class FakeHost implements Pinner {
       const errno = step(this.#turn, "pin", () => this.#faults.pin(), place);
       if (errno === undefined) handles[i] = this.#pin(addresses[i]!);
       else {
+        this.failures++;
         for (let j = 0; j < i; j++) this.#release(handles[j]!);
         throw new HostError("pin", errno);
       }

@@ -1,6 +1,6 @@
 import { InvariantViolation } from "../base/errors.ts";
 import type { Random } from "../base/random.ts";
-import { FRAME_SIZE, type Gfn, type Gpa, gfnOf, gpaOf, milliseconds } from "../base/units.ts";
+import { FRAME_SIZE, type Gfn, type Gpa, gfnOf, gpaOf, type Iova, milliseconds } from "../base/units.ts";
 import { DRIVER_COUNTERS, type DriverCounters } from "../driver/counters.ts";
 import { DirectDma } from "../driver/dma.ts";
 import {
@@ -17,7 +17,7 @@ import type { DriverCpu } from "../driver/viommu.ts";
 import { counters } from "../memory/counters.ts";
 import { VIRTIO_IOMMU_S_DEVERR, VIRTIO_IOMMU_S_IOERR, VIRTIO_IOMMU_S_NOMEM } from "../wire/virtio-iommu.ts";
 import type { Balloon } from "./balloon.ts";
-import type { Job } from "./dma-engine.ts";
+import type { DmaEngine, Job } from "./dma-engine.ts";
 import type { FrontEndDriver, Places } from "./front-end.ts";
 import type { Guest } from "./guest.ts";
 import { type Operation, Process } from "./process.ts";
@@ -140,6 +140,7 @@ export class GuestCpu {
     if (this.#id === 0 && this.#canMove && this.#random(3) === 0) return this.#move();
     const moved = parts.balloon && this.#useBalloon(parts.balloon);
     if (moved) return moved;
+    if (parts.faultCapable?.atRest && this.#random(2) === 0) this.#touch(parts.faultCapable);
     const any = idle[this.#random(idle.length)];
     const choice = this.#random(12);
     if (choice === 0) return this.#sleep();
@@ -225,11 +226,10 @@ export class GuestCpu {
     );
   }
 
-  #map(): Operation {
+  #buffers(ownToo: boolean): DmaBuffer[] {
     const { buffers } = this.#guest.parts;
-    const ownUsable = this.#guest.parts.balloon !== undefined && this.#ballooned === "no";
-    const list = Array.from({ length: 1 + this.#random(SEGMENTS_MAX) }, (): DmaBuffer => {
-      if (ownUsable && this.#random(3) === 0)
+    return Array.from({ length: 1 + this.#random(SEGMENTS_MAX) }, (): DmaBuffer => {
+      if (ownToo && this.#random(3) === 0)
         return { gpa: gpaOf(this.#own), length: 1 + this.#random(FRAME_SIZE) };
       const frame = buffers.first + this.#random(buffers.frames);
       const offset = this.#random(4) * 1024;
@@ -239,6 +239,16 @@ export class GuestCpu {
       );
       return { gpa: (frame * FRAME_SIZE + offset) as Gpa, length };
     });
+  }
+
+  /** A fault-capable device is given buffers of a program, which nobody has mapped. */
+  #touch(engine: DmaEngine): void {
+    const segments = this.#buffers(false).map(({ gpa, length }) => ({ iova: gpa as number as Iova, length }));
+    engine.queue({ segments, writes: this.#random(2) === 0, unmapped: true, done: () => {} });
+  }
+
+  #map(): Operation {
+    const list = this.#buffers(this.#guest.parts.balloon !== undefined && this.#ballooned === "no");
     const direction = DIRECTIONS[this.#random(DIRECTIONS.length)]!;
     const single = list.length === 1;
     const device = this.#chooseDevice();

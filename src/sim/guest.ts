@@ -46,6 +46,8 @@ export interface GuestParts {
   /** A device that moves between the table and a domain. */
   readonly remapped: RemappedDevice | undefined;
   readonly engines: readonly DmaEngine[];
+  /** One of them that may fault. */
+  readonly faultCapable?: DmaEngine;
   /** First frame and number of those that buffers lie in; CPUs share them. */
   readonly buffers: { readonly first: number; readonly frames: number };
   readonly cpus: number;

@@ -41,6 +41,8 @@ export interface Settings {
   readonly remapping: "none" | "strict" | "lazy";
   /** CPUs put frames into a balloon. */
   readonly balloon: boolean;
+  /** One more device, which may fault on what no driver has mapped. */
+  readonly faultCapable: boolean;
 }
 
 export function settingsOf(seed: number): Settings {
@@ -68,6 +70,7 @@ export function settingsOf(seed: number): Settings {
     harvestSlice: 1 + next(8),
     remapping: "none",
     balloon: random(seed ^ 0xba11_0000)(3) === 0,
+    faultCapable: random(seed ^ 0x0fa1_7ed0)(2) === 0,
   };
   // Who takes over from a backend that died in a machine reset cannot tell what was discarded before: ADR 4, 36.
   if (settings.machineResets > 0 && settings.backendDies > 0) settings.balloon = false;

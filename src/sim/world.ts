@@ -55,6 +55,7 @@ export interface WorldStatistics {
   /** How often all RAM got pinned, because no driver was there. */
   readonly allPinned: number;
   readonly balloonReturns: number;
+  readonly framesFaulted: number;
 }
 
 /** RAM in two pieces: one reaches into firmware's window below 1 MiB, one across the end of a leaf of the table. */
@@ -143,7 +144,7 @@ export class World {
     });
     const { turns, checks } = this;
     this.#engines = Array.from(
-      { length: settings.devices },
+      { length: this.#devices },
       (_, id) =>
         new DmaEngine({
           id,
@@ -203,6 +204,7 @@ export class World {
       unmapRequests: sum("unmapRequests"),
       allPinned: this.#arrival.timesPinned,
       balloonReturns: this.#balloon.returns,
+      framesFaulted: this.#counters.framesFaulted,
     };
   }
 
@@ -218,6 +220,7 @@ export class World {
         endpoint: ENDPOINT,
         remapped: settings.remapping === "none" ? undefined : this.#remappedDevice(),
         engines: this.#engines,
+        ...(settings.faultCapable && { faultCapable: this.#engines.at(-1)! }),
       },
       ...{
         buffers: { first: BUFFERS_FIRST, frames: settings.buffers },
@@ -246,8 +249,11 @@ export class World {
 
   /** A hostile guest's garbage may be a request for a domain. */
   readonly #idleWord = (index: number): boolean =>
-    !(this.settings.hostile || this.settings.remapping !== "none") &&
-    isIdleIommuWord(index, this.settings.devices);
+    !(this.settings.hostile || this.settings.remapping !== "none") && isIdleIommuWord(index, this.#devices);
+
+  get #devices(): number {
+    return this.settings.devices + Number(this.settings.faultCapable);
+  }
 
   #makeBackend(twin: NonNullable<Twin["backend"]>): Backend {
     const { settings } = this;
@@ -274,6 +280,8 @@ export class World {
               [OTHER_ENDPOINT, 1],
             ],
       ),
+      faultCapable: settings.faultCapable ? [settings.devices] : [],
+      faultMayFail: () => this.checks.faultMayFail(),
       passInterval: milliseconds(settings.interval),
       harvestInterval: milliseconds(settings.harvestInterval),
       harvestSlice: settings.harvestSlice,

@@ -69,6 +69,26 @@ test("a frame that is counted up without P, because its request is still to come
   assert.deepEqual(m.held(7), [true]);
 });
 
+test("what an access has asked for stays until it ends, whatever passes there are, and whose it is", () => {
+  const m = faulting();
+  idle(m, 9);
+  assert.equal(m.gate.request(7 as Gfn), true);
+  assert.equal(m.gate.request(9 as Gfn), true, "pinned by now, for somebody else");
+  for (let i = 0; i < 4; i++) m.pass();
+  assert.deepEqual(m.held(7, 9), [true, true]);
+  m.gate.accessEnded();
+  for (let i = 0; i < 2; i++) m.pass();
+  assert.deepEqual(m.held(7, 9), [false, false]);
+});
+
+test("an access that needs more than the quota has room for faults, and evicts nothing of its own", () => {
+  const m = faulting({ quota: 4 });
+  assert.throws(() => m.access(7, 5), DmaFault);
+  assert.equal(m.counters.framesFaulted, 4);
+  m.access(20, 4);
+  assert.deepEqual(m.pinned(), [20, 21, 22, 23]);
+});
+
 test("an access under way keeps the frame", () => {
   const m = faulting();
   m.access(7);
@@ -160,8 +180,8 @@ test("before activation and after PIN off it may fault too, and nothing is unpin
   assert.deepEqual([m.held(7)[0], m.counters.framesFirmware], [true, 0]);
 });
 
-test("all: everything is pinned, and what is not there stays a fault", () => {
-  const m = machine({ beforeActivation: "all" });
+test("all RAM as a whole: everything is pinned, and what is not there stays a fault", () => {
+  const m = machine({ beforeActivation: "all", wholeRam: true });
   m.iommu.setFaultCapable(0, true);
   assert.equal(m.gate.request(RAM_FRAMES as Gfn), false);
   assert.equal(m.tracker.pinned, RAM_FRAMES);
@@ -173,6 +193,7 @@ test("a harvest gives all that a fault-capable device can write, claimed by the 
   m.activate(true, true);
   m.tracker.dirty.start();
   assert.equal(m.gate.request(7 as Gfn), true);
+  m.gate.accessEnded();
   assert.equal(m.map(9), VIRTIO_IOMMU_S_OK, "for reading: neither W nor D");
   const harvest = () => [...m.tracker.dirty.harvest().ranges];
   assert.deepEqual(harvest(), [7, 1, 9, 1]);

@@ -19,7 +19,8 @@ import { ENTRY_FLAGS, ENTRY_FRAMES, IovaTables, walk } from "./iova-tables.ts";
 const GRANTING = 0;
 /**
  * Per device, from here: window sequence (odd: a DMA window is open), request state, requested GFN, context: what the
- * device's addresses mean, 1 while it may begin to do DMA by itself, and whether it is fault-capable.
+ * device's addresses mean, 1 while it may begin to do DMA by itself, whether it is fault-capable, and how many accesses
+ * that asked have ended.
  */
 const DEVICES = 16;
 const PER_DEVICE = 16; // one cache line
@@ -29,6 +30,7 @@ const REQUESTED = 2;
 const CONTEXT = 3;
 const MASTERING = 4;
 const FAULT_CAPABLE = 5;
+const ACCESS = 6;
 
 const IDLE = 0;
 const ASKED = 1;
@@ -68,7 +70,7 @@ export function createIommuBuffer(frames: number): SharedArrayBuffer {
 export const isIdleIommuWord = (index: number, devices: number): boolean =>
   index < FAULTS
     ? index >= DEVICES + devices * PER_DEVICE ||
-      (index >= DEVICES && (index - DEVICES) % PER_DEVICE === CONTEXT)
+      (index >= DEVICES && [CONTEXT, FAULT_CAPABLE].includes((index - DEVICES) % PER_DEVICE))
     : index >= FAULTS + devices * FAULT_WORDS && index < BITMAP;
 
 /** What createIommuBuffer() made, or a view of it: the simulator's shows each access. */
@@ -131,8 +133,16 @@ export class SoftwareIommu {
 
   /** Whether a device may ask at any time for frames that it touches to be pinned. */
   setFaultCapable(device: number, capable: boolean): void {
-    this.#words.store(contextAt(device) - CONTEXT + FAULT_CAPABLE, Number(capable));
+    this.#words.store(deviceAt(device) + FAULT_CAPABLE, Number(capable));
     this.#writesUntold ||= capable;
+  }
+  isFaultCapable(device: number): boolean {
+    return this.#words.load(deviceAt(device) + FAULT_CAPABLE) !== 0;
+  }
+
+  /** Another number when the access has ended in which the device last asked. */
+  access(device: number): number {
+    return this.#words.load(deviceAt(device) + ACCESS);
   }
 
   /** There has been a fault-capable device: it may write every pinned frame, and no driver says when. */
@@ -188,13 +198,12 @@ export class SoftwareIommu {
   }
 
   /** Answer the devices' requests for a frame: `pin` returns whether it is pinned now. */
-  serveRequests(pin: (gfn: Gfn, faultCapable: boolean) => boolean): void {
+  serveRequests(pin: (gfn: Gfn, device: number) => boolean): void {
     for (let device = 0; device < DEVICES_MAX; device++) {
       const base = DEVICES + device * PER_DEVICE;
       if (this.#words.load(base + REQUEST) !== ASKED) continue;
       const gfn = this.#words.load(base + REQUESTED) as Gfn;
-      const faultCapable = this.#words.load(base + FAULT_CAPABLE) !== 0;
-      this.#words.store(base + REQUEST, pin(gfn, faultCapable) ? GRANTED : REFUSED);
+      this.#words.store(base + REQUEST, pin(gfn, device) ? GRANTED : REFUSED);
       this.#words.notify(base + REQUEST);
     }
   }
@@ -296,5 +305,9 @@ export class DeviceGate implements DmaGate {
     const granted = this.#words.load(at) === GRANTED;
     this.#words.store(at, IDLE);
     return granted;
+  }
+
+  accessEnded(): void {
+    this.#words.add(this.#base + ACCESS, 1);
   }
 }

@@ -1,19 +1,22 @@
 import type { Gfn } from "../base/units.ts";
 import type { Claim } from "../policy/policy.ts";
+import type { OpenAccesses } from "./accesses.ts";
 import { type DmaTrackingTable, NO_UNIT, type Unit } from "./dtt.ts";
 import { FAULTED, FAULTED_LATELY, type Ledger, NO_TABLE } from "./ledger.ts";
 
 /** The table that a driver has turned PIN on with, if any, and what of the ledger it has claimed since. */
 export class TableInUse {
   readonly #ledger: Ledger;
+  readonly #accesses: OpenAccesses;
   #table: DmaTrackingTable | undefined;
   #generation = NO_TABLE;
   #complete = false;
   /** The driver maintains D and W. */
   #marksDirty = false;
 
-  constructor(ledger: Ledger) {
+  constructor(ledger: Ledger, accesses: OpenAccesses) {
     this.#ledger = ledger;
+    this.#accesses = accesses;
   }
 
   get active(): boolean {
@@ -50,7 +53,7 @@ export class TableInUse {
   claim(gfn: Gfn): Claim {
     const table = this.#table;
     if (!table || !this.#ledger.has(gfn)) return "gone";
-    if (this.#ledger.isNeeded(gfn)) return "mapped";
+    if (this.#ledger.isNeeded(gfn) || this.#accesses.holds(gfn)) return "mapped";
     const foreign = this.isForeign(gfn);
     const generation = this.#ledger.generation(gfn);
     const faulted = generation === FAULTED || generation === FAULTED_LATELY;

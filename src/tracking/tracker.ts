@@ -4,6 +4,7 @@ import { FRAME_SIZE, type Gfn, type Gpa, gpaOf } from "../base/units.ts";
 import type { GuestMemory, GuestRegion } from "../memory/guest-memory.ts";
 import type { UnpinPolicy } from "../policy/policy.ts";
 import { VIRTIO_IOMMU_S_OK } from "../wire/virtio-iommu.ts";
+import { OpenAccesses } from "./accesses.ts";
 import { BackgroundPins, STOPPED_BY } from "./background-pins.ts";
 import { countPinned, type TrackingCounters } from "./counters.ts";
 import { DirtyTracking } from "./dirty.ts";
@@ -68,6 +69,7 @@ export class Tracker {
   /** What devices write. Only with PIN_DIRTY it is known: else every frame that they reach counts as written. */
   readonly dirty: DirtyTracking;
   readonly #table: TableInUse;
+  readonly #accesses: OpenAccesses;
   readonly #passes: UnpinPasses;
   readonly #requests: RequestPins;
   readonly #background: BackgroundPins;
@@ -83,7 +85,8 @@ export class Tracker {
     this.#quota = options.quota;
     this.#pins = new Pins(options);
     this.#ledger = this.#pins.ledger;
-    this.#table = new TableInUse(this.#ledger);
+    this.#accesses = new OpenAccesses(options.iommu);
+    this.#table = new TableInUse(this.#ledger, this.#accesses);
     this.#static = new StaticPins(options.memory, options.pinner, options.iommu);
     this.dirty = new DirtyTracking(
       () => (this.#static.frames > 0 ? options.memory.frames() : this.#ledger.frames()),
@@ -235,15 +238,18 @@ export class Tracker {
    * touches again what was unpinned; any other has it only while the guest is undecided. Within the quota, because a
    * guest could make its devices touch all of its memory.
    */
-  touched(gfn: Gfn, faultCapable: boolean): boolean {
-    const { memory, wholeRam, counters } = this.#o;
+  touched(gfn: Gfn, device: number): boolean {
+    const { memory, iommu, wholeRam, counters } = this.#o;
+    const faultCapable = iommu.isFaultCapable(device);
     if (!(faultCapable || this.#granting) || wholeRam) return false;
     if (!memory.find(gpaOf(gfn), FRAME_SIZE)) return false;
-    if (this.#ledger.has(gfn)) return true;
-    const status = this.#requests.touch(gfn, faultCapable ? FAULTED_LATELY : NO_TABLE);
-    this.#changed();
-    if (status !== VIRTIO_IOMMU_S_OK) return false;
-    counters[faultCapable ? "framesFaulted" : "framesFirmware"]++;
+    if (!this.#ledger.has(gfn)) {
+      const status = this.#requests.touch(gfn, faultCapable ? FAULTED_LATELY : NO_TABLE);
+      this.#changed();
+      if (status !== VIRTIO_IOMMU_S_OK) return false;
+      counters[faultCapable ? "framesFaulted" : "framesFirmware"]++;
+    }
+    if (faultCapable) this.#accesses.granted(gfn, device);
     return true;
   }
 

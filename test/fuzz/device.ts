@@ -95,6 +95,7 @@ class FuzzedDevice {
       iommu.serveRequests((...asked) => this.#tracker.touched(...asked)),
     );
     this.#oracle = new DeviceGate(buffer, DEVICES_MAX - 1, () => {});
+    iommu.setFaultCapable(0, ((input[0] ?? 0) & 2) !== 0);
     this.#tracker = new Tracker({
       memory: this.#memory,
       pinner: this.#host,

@@ -201,6 +201,20 @@ class DeafTracker extends CheckedTracker {
   override setQuota(): void {}
 }
 
+/** Says that a frame is pinned, and pins none. */
+class PromisingTracker extends CheckedTracker {
+  override touched(): boolean {
+    return true;
+  }
+}
+
+/** Believes that drivers tell of all that devices write. */
+class TrustingIommu extends SoftwareIommu {
+  override get writesUntold(): boolean {
+    return false;
+  }
+}
+
 /** Its new policy hears of what is pinned from then on. */
 class ForgetfulTracker extends CheckedTracker {
   readonly clock: Clock;
@@ -356,6 +370,14 @@ export const twins: Readonly<Record<string, BrokenTwin>> = {
   "a quota that is not changed at run time": {
     twin: { backend: { makeTracker: (...args) => new DeafTracker(...args) } },
     found: /the quota is/,
+  },
+  "a fault that is granted and not served": {
+    twin: { backend: { makeTracker: (...args) => new PromisingTracker(...args) } },
+    found: /of a fault-capable device, within the quota/,
+  },
+  "a harvest that relies on drivers, beside a device that faults": {
+    twin: { backend: { makeIommu: (...args) => new TrustingIommu(...args) } },
+    found: UNHARVESTED,
   },
   "a policy at run time that is not told what is pinned": {
     twin: { backend: { makeTracker: (...args) => new ForgetfulTracker(...args) } },
