@@ -143,6 +143,10 @@ int coiommu_track_sg(struct coiommu_hook *hook, struct scatterlist *sgl, int nen
 void coiommu_untrack_sg(struct coiommu_hook *hook, struct scatterlist *sgl, int nents,
 			enum dma_data_direction dir);
 
+/* fault_capable.c: whose buffers are not tracked */
+
+bool coiommu_let_fault(struct coiommu_hook *hook);
+
 /* hooks.c: which functions are hooked, and when */
 
 int coiommu_hooks_init(void);

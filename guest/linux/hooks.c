@@ -204,7 +204,7 @@ static void driver_binds(struct device *dev)
 		unhook_device(dev);
 	else if (test_bit(pci_dev_id(to_pci_dev(dev)), to_remap))
 		start_remapping(find_hook(dev));
-	else
+	else if (!coiommu_let_fault(find_hook(dev)))
 		dev_info(dev, "coiommu: DMA is tracked\n");
 out:
 	mutex_unlock(&hooks_lock);
