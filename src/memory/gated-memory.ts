@@ -75,8 +75,9 @@ export class GatedMemory implements GuestAccess {
     const last = gfnOf(address + Math.max(length, 1) - 1);
     let asked = false;
     try {
-      // Each turn either succeeds, faults, or has one more frame pinned; the bound guards against a host that lies.
-      for (let tries = 0; tries <= last - first + 1; tries++) {
+      // Each turn either succeeds, faults, or has one more frame pinned: once each, and once more if the backend dies
+      // meanwhile, because the next one does not know what was asked for. The bound guards against a host that lies.
+      for (let tries = 0; tries <= 2 * (last - first + 1); tries++) {
         this.#gate.enter();
         let missing: number;
         try {

@@ -35,6 +35,11 @@ export class Cli {
     return this.child.pid!;
   }
 
+  /** What it has said so far. */
+  get stderr(): string {
+    return this.#stderr;
+  }
+
   /** Wait until it says so on stderr. */
   async said(text: string): Promise<void> {
     assert.ok(
