@@ -199,11 +199,11 @@ export class HostModel {
     if (this.pages + missing.length <= this.pagesMax) for (const gfn of missing) this.pins.set(gfn, 0);
   }
 
-  /** A device touches a frame before there is a driver. Returns whether it may. */
+  /** A device touches a frame before there is a driver. Returns whether it may. Room is made for it as for a PIN. */
   touch(gfn: number): boolean {
     if (this.pins.has(gfn)) return true;
     const granted = this.undecided && this.bios && this.isRam(gfn);
-    if (!granted || this.pages >= Math.min(this.quota, this.pagesMax)) return false;
+    if (!granted || this.#pinFresh(new Set([gfn])) !== "OK") return false;
     this.pins.set(gfn, 0);
     return true;
   }
