@@ -125,7 +125,9 @@ export class HostSide {
     this.#iommu = new SoftwareIommu(data.iommu, monotonicClock);
     this.#iommu.setOpen(data.strategy === "none");
     this.#pinner = data.pinner === "io_uring" ? new IoUringPinner() : new SoftwarePinner();
-    this.#assigned = new Map();
+    this.#assigned = new Map(data.assigned.map(({ bdf, gate }) => [bdf, gate]));
+    for (const { gate, faultCapable } of data.assigned)
+      if (gate !== undefined) this.#iommu.setFaultCapable(gate, faultCapable ?? false);
     this.#kernelPagesBefore = this.#pinner.kernelPinnedPages();
     this.#counters = counters(TRACKING_COUNTERS, data.counters);
     this.#tracker = new Tracker({
@@ -144,7 +146,6 @@ export class HostSide {
       },
       ...(openTable && { openTable }),
     });
-    for (const assigned of data.assigned) this.assign(assigned);
     this.#device = new VirtioIommu({
       memory: this.memory,
       tracker: this.#tracker,
