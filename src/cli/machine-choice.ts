@@ -78,7 +78,8 @@ function inVm(options: MachineOptions, guest: Guest, progress: Progress, api: Ru
   const shell = workload.name === "shell";
   return (strategy) => {
     const settings = runOptions(options, workload, strategy, pinner, "bios", progress, api);
-    const start = () => Vm.start({ ...settings, guest, accel: options.accel, shell });
+    const start = () =>
+      Vm.start({ ...settings, guest, accel: options.accel, shell, hotplug: api !== undefined });
     progress.step("starting QEMU");
     return run(settings, start, shell ? () => progress.stop() : progress.step);
   };

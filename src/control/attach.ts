@@ -1,21 +1,20 @@
 import { UserError } from "../base/errors.ts";
 import { type Bdf, formatBdf, type Nanoseconds } from "../base/units.ts";
-import type { StoreOptions } from "../device/block-store.ts";
 import type { DeviceCounters } from "../device/counters.ts";
 import { monotonicClock } from "../host/clock.ts";
 import { closeFd } from "../host/libc.ts";
-import { settles } from "../machine/qemu/deadline.ts";
 import { type GuestRam, guestRam } from "../machine/qemu/guest-ram.ts";
-import { pciFunctions, plug } from "../machine/qemu/hotplug.ts";
+import { pciFunctions, plug, unplug } from "../machine/qemu/hotplug.ts";
 import type { Qmp } from "../machine/qemu/qmp.ts";
 import { connectQmp } from "../machine/qemu/qmp-socket.ts";
 import { createPolicy } from "../policy/registry.ts";
 import type { TrackingCounters } from "../tracking/tracker.ts";
 import { Balloon } from "./balloon.ts";
-import type { AssignedFunction, Started } from "./host-side.ts";
+import type { Started } from "./host-side.ts";
 import type { MachineEnd, MachineOptions } from "./machine.ts";
 import { Operator } from "./operator.ts";
-import { type DiskPart, Parts } from "./parts.ts";
+import { Parts } from "./parts.ts";
+import { type OpenDisk, type PluggedDisk, PluggedDisks } from "./plugged-disks.ts";
 import { type AttachResult, describeHost } from "./result.ts";
 import { dmaOf, kernelOf, pinsOf } from "./run.ts";
 
@@ -34,24 +33,14 @@ export interface AttachOptions extends Pick<MachineOptions, Settings> {
   /** Functions that QEMU has already, as the guest numbers them, whose DMA is to be tracked. */
   readonly assigned: readonly Bdf[];
   /** Disks of ours to plug, tracked. */
-  readonly disks: readonly AttachedDisk[];
+  readonly disks: readonly PluggedDisk[];
   /** Frames, for a guest of this size. */
   quota(memoryMiB: number): number;
 }
 
-export type AttachedDisk = StoreOptions & Pick<AssignedFunction, "faultCapable">;
-
 /** Name in QEMU of our virtio-iommu. */
 const IOMMU_ID = "coiommu";
 const STRATEGY = "coiommu";
-
-/** A function of ours in QEMU. */
-interface Plugged {
-  readonly bdf: Bdf;
-  readonly disk: DiskPart | undefined;
-  /** Resolves when QEMU has it no longer, and all behind it has ended. */
-  readonly gone: PromiseWithResolvers<void>;
-}
 
 /** coIOMMU in a QEMU that a person has started, and that goes on without us. */
 export class Attachment {
@@ -61,7 +50,7 @@ export class Attachment {
   /** Of the disks of the options, in their order. */
   readonly diskIds: string[] = [];
   /** Of all disks of ours, those that have gone too. */
-  readonly devices: DeviceCounters[] = [];
+  readonly devices: readonly DeviceCounters[];
   /** Resolves when nothing is left to serve: the guest has let go of our virtio-iommu, or QEMU has ended. */
   readonly ended: Promise<"detached" | "qemu-ended">;
   /** Rejects when a part fails that should run. */
@@ -70,12 +59,13 @@ export class Attachment {
   readonly #options: AttachOptions;
   readonly #quota: number;
   readonly #parts: Parts;
-  readonly #plugged = new Map<string, Plugged>();
+  readonly #disks: PluggedDisks;
+  /** Where our virtio-iommu is. */
+  #iommu: Bdf | undefined;
   readonly #iommuGone = Promise.withResolvers<void>();
   readonly #began: Nanoseconds = monotonicClock.now();
   #started: Started | undefined;
   #closing: Promise<MachineEnd> | undefined;
-  #disks = 0;
 
   private constructor(qmp: Qmp, version: string, ram: GuestRam, options: AttachOptions) {
     this.version = version;
@@ -91,6 +81,8 @@ export class Attachment {
       assigned: options.assigned.map((bdf) => ({ bdf })),
     });
     this.pins = this.#parts.pins;
+    this.#disks = new PluggedDisks(qmp, this.#parts, options.onWarning);
+    this.devices = this.#disks.counters;
     this.failed = this.#parts.failed.promise;
     this.ended = Promise.race([
       this.#iommuGone.promise.then(() => "detached" as const),
@@ -99,7 +91,9 @@ export class Attachment {
     // QEMU's balloon is for others to fill; what is in it must not stay pinned.
     new Balloon(qmp, new Operator(this.#parts.backendWorker, { ...options, strategy: STRATEGY }));
     qmp.onEvent(({ event, data }) => {
-      if (event === "DEVICE_DELETED" && typeof data.device === "string") void this.#unplugged(data.device);
+      if (event !== "DEVICE_DELETED" || data.device !== IOMMU_ID) return;
+      this.#iommu = undefined;
+      this.#iommuGone.resolve();
     });
   }
 
@@ -123,64 +117,27 @@ export class Attachment {
 
   /** Where our function is in the guest, by its id; undefined when it is not there. */
   bdfOf(id = IOMMU_ID): Bdf | undefined {
-    return this.#plugged.get(id)?.bdf;
+    return id === IOMMU_ID ? this.#iommu : this.#disks.bdfOf(id);
   }
 
   /** Give the VM one more disk of ours, tracked. Returns its id. */
-  async plugDisk({ faultCapable = false, ...store }: AttachedDisk): Promise<string> {
-    return await this.#plugDisk(await this.#parts.addDisk(store), faultCapable);
+  async plugDisk(disk: PluggedDisk): Promise<string> {
+    return await this.#disks.plug(await this.#disks.open(disk));
   }
 
-  async #plugDisk(disk: DiskPart, faultCapable: boolean): Promise<string> {
-    const id = `${IOMMU_ID}-disk${this.#disks++}`;
-    try {
-      // One that a killed coiommu has left stays when its disk has gone.
-      await this.#qmp.execute("chardev-remove", { id }).catch(() => {});
-      const fd = disk.takeFd();
-      await this.#qmp.giveFd(id, fd).finally(() => closeFd(fd));
-      const backend = { type: "socket", data: { addr: { type: "fd", data: { str: id } }, server: false } };
-      await this.#qmp.execute("chardev-add", { id, backend });
-      const device = { driver: "vhost-user-blk-pci", id, chardev: id, "num-queues": 1, "queue-size": 256 };
-      const bdf = await plug(
-        this.#qmp,
-        { ...device, iommu_platform: true, "disable-legacy": "on" },
-        {
-          // Before the guest's driver can bind.
-          before: (bdf) =>
-            this.#parts.backendWorker.request("assign", {
-              ...{ bdf, gate: disk.gate, faultCapable },
-            } satisfies AssignedFunction),
-          refused: (bdf) => this.#parts.backendWorker.request("unassign", bdf),
-        },
-      );
-      this.devices.push(disk.counters);
-      this.#plugged.set(id, { bdf, disk, gone: Promise.withResolvers() });
-      return id;
-    } catch (error) {
-      await this.#qmp.execute("chardev-remove", { id }).catch(() => {});
-      await this.#parts.removeDisk(disk).catch(() => {});
-      throw error;
-    }
-  }
-
-  /** Ask the guest to let go of a function of ours. False when it has not in time: it still may. */
-  async unplug(id: string, patienceMs: number): Promise<boolean> {
-    const plugged = this.#plugged.get(id);
-    if (!plugged) return true;
-    // QEMU refuses to ask twice, which is no news: what counts is whether it goes.
-    this.#qmp.execute("device_del", { id }).catch(() => {});
-    return await settles(plugged.gone.promise, patienceMs);
+  /** Ask the guest to let go of a disk of ours. False when it has not in time: it still may. */
+  unplug(id: string, patienceMs: number): Promise<boolean> {
+    return this.#disks.unplug(id, patienceMs);
   }
 
   /** Ask the guest to let go of all of ours; the ids of what it has not let go of in time. */
   async detach(patienceMs: number): Promise<string[]> {
-    const unplugAll = async (ids: string[]) => {
-      const gone = await Promise.all(ids.map((id) => this.unplug(id, patienceMs)));
-      return ids.filter((_, i) => !gone[i]);
-    };
+    const { ids } = this.#disks;
+    const gone = await Promise.all(ids.map((id) => this.unplug(id, patienceMs)));
     // The disks' drivers need the virtio-iommu until they have gone.
-    const left = await unplugAll([...this.#plugged.keys()].filter((id) => id !== IOMMU_ID));
-    return left.length > 0 ? left : await unplugAll([IOMMU_ID].filter((id) => this.#plugged.has(id)));
+    const left = ids.filter((_, i) => !gone[i]);
+    if (left.length > 0 || this.#iommu === undefined) return left;
+    return (await unplug(this.#qmp, IOMMU_ID, this.#iommuGone.promise, patienceMs)) ? [] : [IOMMU_ID];
   }
 
   /** End our side, whatever the guest still has of it; idempotent. */
@@ -211,17 +168,16 @@ export class Attachment {
 
   async #plugAll(): Promise<void> {
     // Images that cannot be used are found out before QEMU has anything of ours.
-    const disks: (readonly [DiskPart, boolean])[] = [];
-    for (const { faultCapable = false, ...store } of this.#options.disks)
-      disks.push([await this.#parts.addDisk(store), faultCapable]);
+    const open: OpenDisk[] = [];
+    for (const disk of this.#options.disks) open.push(await this.#disks.open(disk));
     await this.#plugIommu();
-    for (const [disk, faultCapable] of disks) this.diskIds.push(await this.#plugDisk(disk, faultCapable));
+    for (const disk of open) this.diskIds.push(await this.#disks.plug(disk));
   }
 
   async #plugIommu(): Promise<void> {
     const fd = this.#parts.takeIommuFd();
     try {
-      const bdf = await plug(
+      this.#iommu = await plug(
         this.#qmp,
         { driver: "x-pci-proxy-dev", id: IOMMU_ID, fd: IOMMU_ID },
         {
@@ -230,29 +186,10 @@ export class Attachment {
           refused: () => this.#qmp.execute("closefd", { fdname: IOMMU_ID }).then(ignore, ignore),
         },
       );
-      this.#plugged.set(IOMMU_ID, { bdf, disk: undefined, gone: this.#iommuGone });
     } finally {
       closeFd(fd);
     }
     this.#started = await this.#parts.started(this.ram.memoryMiB);
-  }
-
-  /** By the guest, asked by us or by somebody else. */
-  async #unplugged(id: string): Promise<void> {
-    const plugged = this.#plugged.get(id);
-    if (!plugged) return;
-    this.#plugged.delete(id);
-    try {
-      if (plugged.disk) {
-        await this.#parts.backendWorker.request("unassign", plugged.bdf);
-        await this.#parts.removeDisk(plugged.disk);
-        await this.#qmp.execute("chardev-remove", { id });
-      }
-    } catch (error) {
-      this.#options.onWarning?.(`taking ${id} away: ${(error as Error).message}`);
-    } finally {
-      plugged.gone.resolve();
-    }
   }
 }
 

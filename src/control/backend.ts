@@ -49,6 +49,7 @@ export class Backend {
       started: () => this.#host.started(),
       assign: (assigned: AssignedFunction) => this.#host.assign(assigned),
       unassign: (bdf: Bdf) => this.#host.unassign(bdf),
+      deviceEnded: (gate: number) => this.#host.deviceEnded(gate),
       stop: () => this.#stop(),
       ...this.#host.dirtyCommands,
     });

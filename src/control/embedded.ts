@@ -1,6 +1,6 @@
 import { setTimeout as sleep } from "node:timers/promises";
 import { UserError } from "../base/errors.ts";
-import { type Bdf, FRAME_SIZE } from "../base/units.ts";
+import { FRAME_SIZE } from "../base/units.ts";
 import { DEVICE_COUNTERS, type DeviceCounters } from "../device/counters.ts";
 import { DRIVER_COUNTERS, type DriverCounters } from "../driver/counters.ts";
 import type { DriverPlaces } from "../driver/viommu.ts";
@@ -22,7 +22,7 @@ import { DirtyFrames } from "./dirty.ts";
 import type { EmbeddedBackendData } from "./embedded-backend.ts";
 import { type DevicePlan, type EmbeddedOptions, planDevices, planLoads } from "./embedded-plan.ts";
 import type { Started, Stopped } from "./host-side.ts";
-import type { Booted, DriverState, Machine, MachineEnd, Worked } from "./machine.ts";
+import type { AssignedDevice, Booted, DriverState, Machine, MachineEnd, Worked } from "./machine.ts";
 import { Operator } from "./operator.ts";
 import { describeHost } from "./result.ts";
 import { hasDriver } from "./strategy.ts";
@@ -41,7 +41,8 @@ export class EmbeddedMachine implements Machine {
   readonly started: Started;
   readonly pins: TrackingCounters;
   readonly devices: readonly DeviceCounters[];
-  readonly endpoints: readonly Bdf[];
+  readonly assigned: readonly AssignedDevice[];
+  readonly disks = null;
   readonly drivers: readonly DriverCounters[] | null;
   readonly operator: Operator;
   readonly dirty: DirtyFrames;
@@ -63,7 +64,9 @@ export class EmbeddedMachine implements Machine {
     this.started = started;
     this.pins = threads.pins;
     this.devices = threads.deviceCounters;
-    this.endpoints = planDevices(options).map(({ endpoint }) => endpoint);
+    this.assigned = planDevices(options).map(({ endpoint }, i) => ({
+      ...{ bdf: endpoint, counters: this.devices[i]! },
+    }));
     this.drivers = threads.driver ? threads.driverCounters : null;
     this.operator = new Operator(threads.backend, options);
     this.dirty = new DirtyFrames(threads.backend);

@@ -2,8 +2,9 @@ import assert from "node:assert/strict";
 import test from "node:test";
 import { ramRegion } from "../../test/support/guest.ts";
 import { RAM_FRAMES } from "../../test/support/machine.ts";
-import { type Bdf, type Gfn, milliseconds } from "../base/units.ts";
+import { type Bdf, FRAME_SIZE, type Gfn, type Gpa, milliseconds } from "../base/units.ts";
 import { DRIVER_COUNTERS } from "../driver/counters.ts";
+import { DirectDma } from "../driver/dma.ts";
 import { DmaMapFailed } from "../driver/dma-api.ts";
 import { FramePool } from "../driver/pages.ts";
 import { GuestDriver } from "../driver/viommu.ts";
@@ -35,8 +36,9 @@ function guest() {
     counters: counters(DRIVER_COUNTERS, countersBuffer(DRIVER_COUNTERS)),
     cpu: { waitFor: (done: () => boolean) => done() },
   };
-  const driver = GuestDriver.activate(on, new FramePool(host.memory, 1024 as Gfn, 512), 1);
-  return { host, driver, gate: new DeviceGate(iommu, GATE, () => host.serveDevices()) };
+  const pages = new FramePool(host.memory, 1024 as Gfn, 512);
+  const driver = GuestDriver.activate(on, pages, 1);
+  return { host, driver, pages, gate: new DeviceGate(iommu, GATE, () => host.serveDevices()) };
 }
 
 const noEntry = (error: unknown) => error instanceof DmaMapFailed && error.status === VIRTIO_IOMMU_S_NOENT;
@@ -58,4 +60,25 @@ test("a plugged function can be attached to a domain, by the number that it has 
   domains.attach(DOMAIN, SECOND);
   domains.map(DOMAIN, 100, 7, 1, 3);
   assert.equal(gate.translate(100, "write"), 7);
+});
+
+/** Unpin what a tracked function has left idle, when the thread of another has ended inside a DMA window. */
+function unpinnedAfterDeath(told: boolean): number {
+  const { host, driver, pages, gate } = guest();
+  host.assign({ bdf: FIRST, gate: GATE });
+  host.assign({ bdf: SECOND, gate: GATE + 1 });
+  const dma = driver.dma(FIRST, new DirectDma(pages));
+  const address = dma.mapSingle((5 * FRAME_SIZE) as Gpa, FRAME_SIZE, "from-device");
+  gate.enter();
+  if (told) host.deviceEnded(GATE);
+  dma.unmapSingle(address, FRAME_SIZE, "from-device");
+  return host.commands.unpinIdle({ first: 5, end: 6, from: 0 }).unpinned;
+}
+
+test("a device whose thread dies inside a DMA window keeps nothing of the others pinned", () => {
+  assert.equal(unpinnedAfterDeath(true), 1);
+});
+
+test("that check fails when nobody closes the window", () => {
+  assert.equal(unpinnedAfterDeath(false), 0);
 });

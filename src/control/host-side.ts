@@ -189,6 +189,11 @@ export class HostSide {
     if (gate !== undefined) this.#tracker.remapping.remove(gate);
   }
 
+  /** The thread behind a gate has ended, told to or not. */
+  deviceEnded(gate: number): void {
+    this.#iommu.deviceEnded(gate);
+  }
+
   /** Answer devices that ask for frames which they touch, and tell the guest of DMA faults. */
   serveDevices(): void {
     this.#reportFaults();

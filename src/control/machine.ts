@@ -9,6 +9,7 @@ import type { Balloon } from "./balloon.ts";
 import type { DirtyFrames } from "./dirty.ts";
 import type { PinnerName, Started, Stopped } from "./host-side.ts";
 import type { Operator } from "./operator.ts";
+import type { PluggedDisks } from "./plugged-disks.ts";
 import type { RunResult, WorkloadResult } from "./result.ts";
 import type { Strategy } from "./strategy.ts";
 import type { Workload } from "./workload.ts";
@@ -70,15 +71,23 @@ export interface MachineEnd {
   readonly hostErrors: readonly (readonly [Errno, number])[];
 }
 
+/** A device that the guest has now. */
+export interface AssignedDevice {
+  readonly bdf: Bdf;
+  readonly counters: DeviceCounters;
+}
+
 /** A guest with assigned devices, and what serves them. Made with the guest paused; the methods follow each other. */
 export interface Machine {
   readonly name: RunResult["guest"]["machine"];
   readonly host: RunResult["host"];
   readonly started: Started;
   readonly pins: TrackingCounters;
-  /** Assigned devices, and what each counts. */
-  readonly endpoints: readonly Bdf[];
+  readonly assigned: readonly AssignedDevice[];
+  /** Of all assigned devices, those that have gone too. */
   readonly devices: readonly DeviceCounters[];
+  /** That come and go while the guest runs; null where none can. */
+  readonly disks: PluggedDisks | null;
   /** What each CPU's driver counts, where it is in memory of ours; null where it is the guest's. */
   readonly drivers: readonly DriverCounters[] | null;
   readonly operator: Operator;

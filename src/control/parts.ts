@@ -37,26 +37,51 @@ export interface PartsOptions extends Pick<MachineOptions, Settings> {
 
 /** An assigned disk of ours: its thread, and QEMU's end of its socket until somebody takes it. */
 export class DiskPart {
-  readonly worker: WorkerHost;
   readonly counters: DeviceCounters;
   /** Its number at the software IOMMU. */
   readonly gate: number;
+  /** Resolves when its thread has ended, and nothing is left that it was in the middle of. */
+  readonly over: Promise<void>;
+  readonly #worker: WorkerHost;
   readonly #socket: HandOver;
+  #ended = false;
 
-  constructor(worker: WorkerHost, counters: DeviceCounters, gate: number, qemuFd: number) {
-    this.worker = worker;
+  constructor(
+    {
+      worker,
+      counters,
+      gate,
+      qemuFd,
+    }: Pick<DiskPart, "counters" | "gate"> & {
+      readonly worker: WorkerHost;
+      readonly qemuFd: number;
+    },
+    over: (error: Error | undefined) => Promise<void>,
+  ) {
     this.counters = counters;
     this.gate = gate;
+    this.#worker = worker;
     this.#socket = new HandOver(qemuFd);
+    this.over = worker.ended.then((error) => {
+      this.#ended = true;
+      return over(error);
+    });
   }
 
   takeFd(): number {
     return this.#socket.take();
   }
 
-  async stop(): Promise<DiskStopped> {
+  open(): Promise<void> {
+    return this.#worker.request("open");
+  }
+
+  /** Undefined when its thread has ended unasked. */
+  async stop(): Promise<DiskStopped | undefined> {
     this.#socket.close();
-    return await this.worker.stop<DiskStopped>();
+    const stopped = this.#ended ? undefined : await this.#worker.stop<DiskStopped>();
+    await this.over;
+    return stopped;
   }
 }
 
@@ -90,6 +115,8 @@ export class Parts {
   readonly #iommu: SharedArrayBuffer;
   readonly #iommuSocket: HandOver;
   readonly #disks = new Set<DiskPart>();
+  /** Of the disks whose threads have not ended. */
+  readonly #gates = new Set<number>();
   readonly #hostErrors: (readonly [Errno, number])[] = [];
   #closing = false;
 
@@ -113,6 +140,7 @@ export class Parts {
         ...{ beforeActivation, activationTimeout, qemu: true },
       } satisfies BackendData,
       wake,
+      (error) => this.failed.reject(error),
     );
   }
 
@@ -121,14 +149,18 @@ export class Parts {
     return this.#iommuSocket.take();
   }
 
-  /** A thread with an open disk, which QEMU does not have yet. Throws UserError when its image cannot be used. */
-  async addDisk(store: StoreOptions): Promise<DiskPart> {
-    const taken = new Set([...this.#disks].map(({ gate }) => gate));
-    const gate = Array.from({ length: DEVICES_MAX }, (_, i) => i).find((i) => !taken.has(i));
+  /**
+   * A thread with an open disk, which QEMU does not have yet. Throws UserError when its image cannot be used. `fails`: told
+   * when it cannot be served any more; everything else goes on.
+   */
+  async addDisk(store: StoreOptions, fails: (error: Error) => void): Promise<DiskPart> {
+    const gate = Array.from({ length: DEVICES_MAX }, (_, i) => i).find((i) => !this.#gates.has(i));
     if (gate === undefined) throw new UserError(`a VM has at most ${DEVICES_MAX} disks of ours`, 1);
+    this.#gates.add(gate);
     const [diskFd, qemuFd] = socketPair();
     const shared = countersBuffer(DEVICE_COUNTERS);
     const wake = EventFd.create();
+    let connected = true;
     const worker = this.#worker(
       "the disk",
       this.#options.deviceEntry ?? workerEntry(import.meta.url, "./disk-worker"),
@@ -137,11 +169,21 @@ export class Parts {
         ...{ counters: shared, disk: store },
       } satisfies DiskData,
       wake,
+      fails,
+      () => {
+        connected = false;
+      },
     );
-    const disk = new DiskPart(worker, counters(DEVICE_COUNTERS, shared), gate, qemuFd);
+    const part = { worker, counters: counters(DEVICE_COUNTERS, shared), gate, qemuFd };
+    const disk = new DiskPart(part, async (error) => {
+      // A thread's descriptors are the process's: QEMU would wait for answers for ever.
+      if (error && connected && this.#disks.has(disk)) closeFd(diskFd);
+      await this.backendWorker.request("deviceEnded", gate).catch(() => {}); // it has ended too
+      this.#gates.delete(gate);
+    });
     this.#disks.add(disk);
     try {
-      await worker.request("open");
+      await disk.open();
       return disk;
     } catch (error) {
       await this.removeDisk(disk);
@@ -152,7 +194,7 @@ export class Parts {
   /** Stop its thread, when QEMU has it no longer. */
   async removeDisk(disk: DiskPart): Promise<void> {
     if (!this.#disks.delete(disk)) return;
-    this.#hostErrors.push(...(await disk.stop()).hostErrors);
+    this.#hostErrors.push(...((await disk.stop())?.hostErrors ?? []));
   }
 
   /** What stands before the guest starts. QEMU has sent its memory map by now, but it may still be on its way. */
@@ -182,18 +224,29 @@ export class Parts {
     return { backend: await backend, hostErrors: this.#hostErrors };
   }
 
-  #worker(name: string, entry: URL, data: object, wake: Wake): WorkerHost {
-    const onEvent = (event: WorkerEvent) => this.#hear(event, this.#options.onWarning ?? (() => {}));
+  /** `fails`: told when it cannot serve any more; `left`: when it has closed its connection to QEMU. */
+  #worker(
+    name: string,
+    entry: URL,
+    data: object,
+    wake: Wake,
+    fails: (error: Error) => void,
+    left: () => void = () => {},
+  ): WorkerHost {
+    const onEvent = (event: WorkerEvent) => {
+      if (event.kind !== "warning") left();
+      this.#hear(event, fails);
+    };
     const worker = new WorkerHost({ name, entry, data, wake, onEvent });
     void worker.ended.then((error) => {
-      if (error) this.failed.reject(error);
+      if (error) fails(error);
     });
     return worker;
   }
 
-  #hear({ kind, message }: WorkerEvent, warn: (text: string) => void): void {
+  #hear({ kind, message }: WorkerEvent, fails: (error: Error) => void): void {
     if (this.#closing || kind === "peer-gone") return; // QEMU's end is told by QEMU's exit
-    if (kind === "warning") warn(message);
-    else this.failed.reject(new UserError(message, 1));
+    if (kind === "warning") this.#options.onWarning?.(message);
+    else fails(new UserError(message, 1));
   }
 }

@@ -3,6 +3,7 @@ import type { DeviceCounters } from "../device/counters.ts";
 import { monotonicClock } from "../host/clock.ts";
 import type { Guest } from "../machine/qemu/guest.ts";
 import { type Qemu, type QemuDevice, startQemu } from "../machine/qemu/qemu.ts";
+import { DEVICES_MAX } from "../tracking/software-iommu.ts";
 import type { TrackingCounters } from "../tracking/tracker.ts";
 import { Balloon } from "./balloon.ts";
 import { DirtyFrames } from "./dirty.ts";
@@ -15,9 +16,18 @@ import {
   unbindDisk,
 } from "./guest-side.ts";
 import type { Started } from "./host-side.ts";
-import type { Booted, DriverState, Machine, MachineEnd, MachineOptions, Worked } from "./machine.ts";
+import type {
+  AssignedDevice,
+  Booted,
+  DriverState,
+  Machine,
+  MachineEnd,
+  MachineOptions,
+  Worked,
+} from "./machine.ts";
 import { Operator } from "./operator.ts";
 import { type DiskPart, Parts } from "./parts.ts";
+import { PluggedDisks } from "./plugged-disks.ts";
 import { describeHost, type RunResult } from "./result.ts";
 import { hasDriver, isRemapping } from "./strategy.ts";
 import { runWorkload, type Workload } from "./workload.ts";
@@ -32,6 +42,8 @@ export interface VmOptions extends MachineOptions {
   readonly accel: "auto" | "tcg" | "kvm";
   /** The guest's console is this process's terminal. */
   readonly shell?: boolean;
+  /** More disks may be plugged while it runs. */
+  readonly hotplug?: boolean;
   /** Firmware boots from the assigned disk, instead of what `guest` says. */
   readonly bootFromDisk?: boolean;
   /** More words for the guest kernel's command line. */
@@ -50,8 +62,7 @@ export class Vm implements Machine {
   readonly qemu: Qemu;
   readonly pins: TrackingCounters;
   readonly disk: DeviceCounters;
-  readonly devices: readonly DeviceCounters[];
-  readonly endpoints = [DISK_BDF];
+  readonly disks: PluggedDisks;
   readonly drivers = null;
   readonly operator: Operator;
   readonly dirty: DirtyFrames;
@@ -70,7 +81,7 @@ export class Vm implements Machine {
     this.#parts = parts;
     this.pins = parts.pins;
     this.disk = disk.counters;
-    this.devices = [disk.counters];
+    this.disks = new PluggedDisks(qemu.qmp, parts, options.onWarning);
     this.operator = new Operator(parts.backendWorker, options);
     this.dirty = new DirtyFrames(parts.backendWorker);
     this.balloon = new Balloon(qemu.qmp, this.operator);
@@ -84,7 +95,7 @@ export class Vm implements Machine {
     const parts = new Parts({ ...options, frames, assigned: [{ bdf: DISK_BDF, gate: 0, faultCapable }] });
     let qemu: Qemu | undefined;
     try {
-      const disk = await parts.addDisk(options.disk);
+      const disk = await parts.addDisk(options.disk, (error) => parts.failed.reject(error));
       qemu = await startQemu({
         ...(!options.bootFromDisk && { kernel: options.guest.kernel, initrd: options.guest.initrd }),
         memoryMiB: options.memoryMiB,
@@ -100,6 +111,14 @@ export class Vm implements Machine {
       await parts.close().catch(() => {});
       throw error;
     }
+  }
+
+  get devices(): readonly DeviceCounters[] {
+    return [this.disk, ...this.disks.counters];
+  }
+
+  get assigned(): readonly AssignedDevice[] {
+    return [{ bdf: DISK_BDF, counters: this.disk }, ...this.disks.assigned];
   }
 
   resume(): Promise<void> {
@@ -146,7 +165,7 @@ export class Vm implements Machine {
   }
 }
 
-const devicesOf = (parts: Parts, disk: DiskPart, { bootFromDisk }: VmOptions): QemuDevice[] => [
+const devicesOf = (parts: Parts, disk: DiskPart, { bootFromDisk, hotplug }: VmOptions): QemuDevice[] => [
   {
     fds: [parts.takeIommuFd()],
     arguments: ([fd]) => ["-device", `x-pci-proxy-dev,id=coiommu,fd=${fd},addr=${IOMMU_SLOT}`],
@@ -160,7 +179,15 @@ const devicesOf = (parts: Parts, disk: DiskPart, { bootFromDisk }: VmOptions): Q
     ],
   },
   { fds: [], arguments: () => ["-device", "virtio-balloon-pci,id=balloon"] },
+  // The root bus of q35 takes no device at run time. A firmware with ports to look at boots later.
+  { fds: [], arguments: () => (hotplug ? ports() : []) },
 ];
+
+const ports = (): string[] =>
+  Array.from(
+    { length: DEVICES_MAX - 1 },
+    (_, i) => `pcie-root-port,id=port${i},chassis=${i},slot=${i}`,
+  ).flatMap((port) => ["-device", port]);
 
 const stateOf = (counters: ModuleCounters): DriverState => ({
   map: counters.map ?? 0,

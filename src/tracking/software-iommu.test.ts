@@ -54,6 +54,23 @@ test("open: every DMA is allowed, and closing it leaves what was allowed", () =>
   assert.deepEqual([gate.allows(frame(5)), gate.allows(frame(6))], [true, false]);
 });
 
+test("a device whose thread has ended keeps no window open, asks for nothing and masters no bus; its successor may", () => {
+  const { iommu, gate } = rig();
+  gate.setMastering(true);
+  gate.enter();
+  const access = iommu.access(0);
+  assert.equal(iommu.quiesce(), false);
+  iommu.deviceEnded(0);
+  assert.deepEqual([iommu.quiesce(), iommu.isMastering(0)], [true, false]);
+  assert.notEqual(iommu.access(0), access, "what it had asked for in an access is not held any more");
+  iommu.deviceEnded(0);
+  assert.equal(iommu.quiesce(), true, "one that had no window open has none opened");
+  gate.enter();
+  assert.equal(iommu.quiesce(), false);
+  gate.leave();
+  assert.equal(iommu.quiesce(), true);
+});
+
 test("quiesce is true when no window is open", () => {
   const { iommu, gates, clock } = rig();
   assert.equal(iommu.quiesce(), true);

@@ -160,6 +160,18 @@ export class SoftwareIommu {
     return this.#words.load(deviceAt(device) + MASTERING) !== 0;
   }
 
+  /**
+   * A device's thread has ended, wherever it was: it does no DMA any more. Without this, a window that it had open would
+   * have every unpin taken back from then on.
+   */
+  deviceEnded(device: number): void {
+    const base = deviceAt(device);
+    this.#words.store(base + MASTERING, 0);
+    this.#words.store(base + REQUEST, IDLE);
+    this.#words.add(base + ACCESS, 1);
+    if (this.#words.load(base + SEQUENCE) & 1) this.#words.add(base + SEQUENCE, 1);
+  }
+
   allow(gfn: Gfn): void {
     if (gfn >= this.#frames) throw new InvariantViolation(`frame ${gfn} is beyond the IOMMU table`);
     this.#words.or(BITMAP + (gfn >>> 5), 1 << (gfn & 31));

@@ -10,6 +10,7 @@ import { meanPinned } from "../../tracking/counters.ts";
 import { LIVES } from "../../tracking/life.ts";
 import type { TrackingCounters } from "../../tracking/tracker.ts";
 import { backgroundOf } from "../background.ts";
+import type { PluggedDisks } from "../plugged-disks.ts";
 import type { LiveGuest } from "../run.ts";
 import { Refusal } from "./refusal.ts";
 import * as schemas from "./schemas.ts";
@@ -24,6 +25,9 @@ export interface Route {
   /** `body` has been checked. `gone`: the client does not wait any more. */
   serve(guest: LiveGuest, body: unknown, gone: AbortSignal): unknown;
 }
+
+/** A guest that lets go of a disk does so within a second. */
+const UNPLUG_MS_MAX = 10_000;
 
 /** Types what a route serves by its schemas. */
 const route = <A extends TSchema, B extends TSchema>(
@@ -46,7 +50,7 @@ export const ROUTES: readonly Route[] = [
       policy: machine.operator.policy,
       ...quotaOf(machine.pins),
       ...parkedOf(machine.pins),
-      endpoints: machine.endpoints.map(formatBdf),
+      endpoints: machine.assigned.map(({ bdf }) => formatBdf(bdf)),
       uptimeMs: Math.round((monotonicClock.now() - machine.pins.startedAt) / 1e6),
     }),
   }),
@@ -55,8 +59,8 @@ export const ROUTES: readonly Route[] = [
     answer: schemas.Counters,
     serve: (guest) => ({
       tracking: trackingOf(guest),
-      devices: guest.machine.devices.map((counters, i) => ({
-        endpoint: formatBdf(guest.machine.endpoints[i]!),
+      devices: guest.machine.assigned.map(({ bdf, counters }) => ({
+        endpoint: formatBdf(bdf),
         ...sums(DEVICE_COUNTERS, [counters]),
       })),
       driver: guest.machine.drivers && sums(DRIVER_COUNTERS, guest.machine.drivers),
@@ -117,6 +121,27 @@ export const ROUTES: readonly Route[] = [
     },
   }),
   route({
+    ...{ method: "POST", path: "/v1/plug", summary: "Give the guest one more assigned disk" },
+    body: schemas.NewDisk,
+    answer: schemas.Disk,
+    async serve(guest, disk) {
+      const disks = disksOf(guest);
+      const id = await disks.plug(await disks.open({ sizeMiB: 0, ...disk }));
+      return { id, endpoint: formatBdf(disks.bdfOf(id)!) };
+    },
+  }),
+  route({
+    ...{ method: "POST", path: "/v1/unplug", summary: "Ask the guest to let go of a disk that was plugged" },
+    body: schemas.OldDisk,
+    answer: schemas.Unplugged,
+    async serve(guest, { id }) {
+      const disks = disksOf(guest);
+      if (disks.bdfOf(id) === undefined)
+        throw new Refusal("invalid", `there is no disk ${id} that was plugged`, { field: "id" });
+      return { gone: await disks.unplug(id, UNPLUG_MS_MAX) };
+    },
+  }),
+  route({
     ...{
       method: "POST",
       path: "/v1/dirty/start",
@@ -149,6 +174,11 @@ export const ROUTES: readonly Route[] = [
     },
   }),
 ];
+
+function disksOf({ machine }: LiveGuest): PluggedDisks {
+  if (!machine.disks) throw new Refusal("refused", `machine ${machine.name} takes no devices while it runs`);
+  return machine.disks;
+}
 
 const quotaOf = ({ quota, framesNow }: TrackingCounters) => ({
   quotaFrames: Number.isFinite(quota) ? quota : null,

@@ -68,6 +68,16 @@ export const Balloon = exactly({
   },
 });
 
+export const NewDisk = exactly({
+  file: { ...Type.String({ minLength: 1 }), description: "A raw image" },
+});
+const DiskId = Type.String({ description: "Of the answer to /v1/plug" });
+export const Disk = exactly({ id: DiskId, endpoint: Type.String() });
+export const OldDisk = exactly({ id: DiskId });
+export const Unplugged = exactly({
+  gone: { ...Type.Boolean(), description: "false: not in time; it may still go" },
+});
+
 export const Tracked = exactly({
   dirtyTracking: { ...Type.Boolean(), description: "Whether writes of devices are told from now on" },
 });

@@ -19,7 +19,7 @@ async function serving(t: TestContext, request: WorkerHost["request"], strategy 
   t.after(() => api.close());
   const options = { strategy, policy: "lru" } as MachineOptions;
   const machine = {
-    ...{ name: "embedded", endpoints: [], devices: [], drivers: null, started: { kernelSource: "none" } },
+    ...{ name: "embedded", assigned: [], disks: null, drivers: null, started: { kernelSource: "none" } },
     pins: counters(TRACKING_COUNTERS, countersBuffer(TRACKING_COUNTERS)),
     operator: new Operator({ request } as WorkerHost, options),
   };

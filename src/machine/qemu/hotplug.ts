@@ -1,5 +1,6 @@
 import { UserError } from "../../base/errors.ts";
 import type { Bdf } from "../../base/units.ts";
+import { settles } from "./deadline.ts";
 import type { Qmp } from "./qmp.ts";
 
 /** What of `query-pci` is looked at (QEMU qapi/pci.json). */
@@ -80,4 +81,16 @@ export async function plug(
       "-device pcie-root-port,id=NAME,chassis=N,slot=N for each device, and attach when the firmware has run",
     1,
   );
+}
+
+/** Ask the guest to let go of a device; `gone`: when it has. False when it has not in time: it still may. */
+export async function unplug(
+  qmp: Qmp,
+  id: string,
+  gone: Promise<void>,
+  patienceMs: number,
+): Promise<boolean> {
+  // QEMU refuses to ask twice, which is no news: what counts is whether it goes.
+  qmp.execute("device_del", { id }).catch(() => {});
+  return await settles(gone, patienceMs);
 }

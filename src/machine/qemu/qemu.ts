@@ -2,13 +2,15 @@ import { type ChildProcess, execFileSync, spawn } from "node:child_process";
 import { closeSync } from "node:fs";
 import type { Duplex } from "node:stream";
 import { UserError } from "../../base/errors.ts";
+import { socketPair } from "../../host/socket.ts";
 import { type Accel, probeKvm } from "./accel.ts";
 import { GuestAgent } from "./agent.ts";
 import { which } from "./command.ts";
 import { settles } from "./deadline.ts";
 import { Tail } from "./lines.ts";
 import { lastLines } from "./packages.ts";
-import { Qmp } from "./qmp.ts";
+import type { Qmp } from "./qmp.ts";
+import { qmpOn } from "./qmp-socket.ts";
 
 const CONSOLE_KEPT = 64 * 1024;
 const STDERR_KEPT = 8 * 1024;
@@ -143,10 +145,12 @@ class Running implements Qemu {
     this.commandLine = commandLine;
     this.accel = accel;
     this.#terminal = options.shell ? terminalSettings() : undefined;
-    const child = spawnBound(commandLine, options.shell === true, fds);
+    const [qmpFd, qemuQmpFd] = socketPair();
+    this.qmp = qmpOn(qmpFd);
+    const child = spawnBound(commandLine, options.shell === true, [qemuQmpFd, ...fds]);
+    closeSync(qemuQmpFd);
     this.#child = child;
     this.pid = child.pid ?? 0;
-    this.qmp = new Qmp(streamAt(child, FD.qmp)!);
     this.agent = new GuestAgent(streamAt(child, FD.agent)!, () => this.#console.lastLine());
     streamAt(child, FD.console)?.on("data", (chunk: Buffer) => {
       const text = chunk.toString("latin1").replaceAll("\r", "");
@@ -157,6 +161,7 @@ class Running implements Qemu {
     void this.exited.then((exit) => {
       this.agent.fail(`QEMU ${describe(exit, this.#closing !== undefined)}`);
       for (const stream of child.stdio) stream?.destroy();
+      this.qmp.close();
     });
   }
 
@@ -198,14 +203,14 @@ class Running implements Qemu {
 function spawnBound(
   commandLine: readonly string[],
   ownsTerminal: boolean,
-  fds: readonly number[],
+  [qmpFd, ...fds]: readonly number[],
 ): ChildProcess {
   const setpriv = which("setpriv");
   const [file, ...args] = [...(setpriv ? [setpriv, "--pdeathsig", "KILL", "--"] : []), ...commandLine];
   const terminal = ownsTerminal ? "inherit" : "ignore";
   const child = spawn(file!, args, {
     // "pipe" is a socket pair beyond stderr, as QEMU's chardevs want it.
-    stdio: [terminal, terminal, "pipe", "pipe", "pipe", ownsTerminal ? "ignore" : "pipe", ...fds],
+    stdio: [terminal, terminal, "pipe", qmpFd!, "pipe", ownsTerminal ? "ignore" : "pipe", ...fds],
     detached: !ownsTerminal,
   });
   const kill = () => child.kill("SIGKILL");

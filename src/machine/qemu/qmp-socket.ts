@@ -8,18 +8,22 @@ const GREETING_MS_MAX = 5_000;
 
 /** The control connection of a QEMU that somebody else has started with `-qmp unix:PATH,server=on,wait=off`. */
 export async function connectQmp(path: string): Promise<{ qmp: Qmp; version: string }> {
-  const fd = connected(path);
-  const stream = new net.Socket({ fd });
-  // Sends alone, and only while the stream, which owns the fd, is open.
-  const socket = new UnixSocket(fd);
-  const qmp = new Qmp(stream, (bytes, fds) => socket.send(bytes, fds));
+  const qmp = qmpOn(connected(path));
   try {
     return { qmp, version: await within(qmp.ready, GREETING_MS_MAX, () => silent(path)) };
   } catch (error) {
-    stream.destroy();
+    qmp.close();
     if (!(error instanceof CoiommuError) || error.message === silent(path).message) throw error;
     throw new UserError(`${path} is not a QMP socket: it closed the connection without QMP's greeting`, 1);
   }
+}
+
+/** The control connection at the other end of a socket, whose fd it owns. */
+export function qmpOn(fd: number): Qmp {
+  const stream = new net.Socket({ fd });
+  // Sends alone, and only while the stream, which owns the fd, is open.
+  const socket = new UnixSocket(fd);
+  return new Qmp(stream, (bytes, fds) => socket.send(bytes, fds));
 }
 
 const silent = (path: string): UserError =>
