@@ -5,13 +5,17 @@ import { test } from "node:test";
 import { setTimeout as sleep } from "node:timers/promises";
 import { rangesOf } from "../../src/base/ranges.ts";
 import { milliseconds } from "../../src/base/units.ts";
+import { ApiServer } from "../../src/control/api/server.ts";
 import { Attachment } from "../../src/control/attach.ts";
+import type { Resized } from "../../src/control/balloon.ts";
 import { demand, readCounters } from "../../src/control/guest-side.ts";
+import type { MachineOptions } from "../../src/control/machine.ts";
 import type { Vm } from "../../src/control/vm.ts";
 import type { GuestAgent } from "../../src/machine/qemu/agent.ts";
 import { runFio } from "../../src/machine/qemu/fio.ts";
 import type { Qmp } from "../../src/machine/qemu/qmp.ts";
 import { parseFioWorkload } from "../../src/machine/workload-text.ts";
+import { ask, socketPath } from "../support/api.ts";
 import { eventually } from "../support/eventually.ts";
 import { bootedVm, INTERVAL_MS, pinnedPages } from "./support.ts";
 import { blockDevice, userVm } from "./user-qemu.ts";
@@ -125,6 +129,34 @@ test("half of the memory goes to the host and comes back while the disk is writt
   assert.equal(await unpin(vm, frames), 0, "to hear of the change is enough");
   const counters = await readCounters(vm.qemu.agent);
   assert.deepEqual([counters.underflow, counters.pin_refused, vm.disk.faults], [0, 0, 0]);
+});
+
+test("PUT /v1/balloon: the guest is left so much, what it gave is not pinned, and its memory is the host's", async (t) => {
+  const vm = await bootedVm(t, { policy: "off", disk: { sizeMiB: DISK }, memoryMiB: ALL });
+  await fill(vm.qemu.agent);
+  const path = socketPath(t);
+  const api = await ApiServer.listen(path, (text) => assert.fail(text));
+  t.after(() => api.close());
+  api.guest = { machine: vm, options: { strategy: "coiommu" } as MachineOptions };
+  const pinned = async () => ((await ask(path, "GET", "/v1/state")).body as { pinned: number }).pinned;
+  const resize = async (memoryMiB: number) => {
+    const { status, body } = await ask(path, "PUT", "/v1/balloon", { memoryMiB });
+    assert.equal(status, 200, JSON.stringify(body));
+    return body as Resized;
+  };
+  const before = { pinned: await pinned(), resident: residentMiB(vm), pages: pinnedPages() };
+  const shrunk = await resize(HALF);
+  const after = { pinned: await pinned(), resident: residentMiB(vm), pages: pinnedPages() };
+  t.diagnostic(JSON.stringify({ shrunk, before, after }));
+  assert.deepEqual([shrunk.memoryMiB, shrunk.stayed], [HALF, 0]);
+  // The guest reads a little meanwhile.
+  assert.ok(before.pinned - after.pinned > 0.9 * shrunk.unpinned && shrunk.unpinned > 0);
+  assert.ok(before.pages - after.pages > 0.8 * shrunk.unpinned, "the kernel says so too");
+  assert.ok(before.resident - after.resident > 0.8 * (ALL - HALF));
+  const grown = await resize(ALL);
+  assert.deepEqual([grown.memoryMiB, grown.stayed], [ALL, 0]);
+  const { verified, errors } = await fio(vm, 1);
+  assert.deepEqual([verified, errors, vm.disk.faults], [true, 0, 0]);
 });
 
 test("attached to a QEMU of somebody else, whose balloon somebody else fills", async (t) => {

@@ -1,14 +1,19 @@
-/** Disks that come and go in a VM that somebody else has started. */
+/** Disks that come and go, and one that dies. */
 import assert from "node:assert/strict";
+import { readFileSync, writeFileSync } from "node:fs";
+import { join } from "node:path";
 import { type TestContext, test } from "node:test";
 import { milliseconds } from "../../src/base/units.ts";
 import { Attachment } from "../../src/control/attach.ts";
-import { demand, readCounters } from "../../src/control/guest-side.ts";
+import { demand, loadDrivers, readCounters } from "../../src/control/guest-side.ts";
 import { runFio } from "../../src/machine/qemu/fio.ts";
+import { ensureGuest } from "../../src/machine/qemu/guest.ts";
 import { parseFioWorkload } from "../../src/machine/workload-text.ts";
+import { ask } from "../support/api.ts";
+import { Cli } from "../support/cli.ts";
 import { eventually } from "../support/eventually.ts";
-import { INTERVAL_MS, pinnedPages } from "./support.ts";
-import { blockDevice, type UserVm, userVm } from "./user-qemu.ts";
+import { bootedVm, comesUpAgain, INTERVAL_MS, pinnedPages, twoPasses } from "./support.ts";
+import { blockDevice, image, scratch, type UserVm, userVm } from "./user-qemu.ts";
 
 async function attached(t: TestContext, { qmp }: UserVm): Promise<Attachment> {
   const attachment = await Attachment.start({
@@ -75,4 +80,98 @@ test("what is plugged where a disk of ours was is not tracked", async (t) => {
   await demand(agent, "dd if=/dev/nvme0n1 of=/dev/null bs=64k count=16 iflag=direct", "reading it");
   const after = await readCounters(agent);
   assert.deepEqual([after.map, after.pin_refused], [before.map, 0]);
+});
+
+interface Counters {
+  readonly tracking: { readonly framesNow: number };
+  readonly devices: readonly { readonly endpoint: string; readonly bytes: number; readonly faults: number }[];
+}
+
+test("a VM of `run` is given a disk and loses it through the API; its driver is tracked, and nothing stays pinned", async (t) => {
+  const folder = scratch(t);
+  const [api, json, script] = [join(folder, "api"), join(folder, "result.json"), join(folder, "script")];
+  const read = "dd if=/dev/vdb of=/dev/null bs=64k iflag=direct";
+  const untilGone = "i=0; while [ -b /dev/vdb ] && [ $i -lt 600 ]; do i=$((i+1)); usleep 50000; done";
+  writeFileSync(script, `${blockDevice("vdb")} && ${read} && ${untilGone}; [ ! -b /dev/vdb ]`);
+  const command = ["run", "--machine", "qemu", "--memory", "512M", "--interval", "300ms"];
+  const cli = new Cli([...command, "--workload", `script:${script}`, "--api", api, "--json", json]);
+  t.after(() => cli.child.kill("SIGKILL"));
+  await cli.said("running script");
+  const send = async (method: string, path: string, body?: unknown) => await ask(api, method, path, body);
+  const counters = async () => (await send("GET", "/v1/counters")).body as Counters;
+
+  const absent = await send("POST", "/v1/plug", { file: join(folder, "absent") });
+  assert.deepEqual([absent.status, /does not exist/.test(JSON.stringify(absent.body))], [409, true]);
+  const plugged = await send("POST", "/v1/plug", { file: image(folder, "disk", 16) });
+  assert.equal(plugged.status, 200, JSON.stringify(plugged.body));
+  const { id, endpoint } = plugged.body as { id: string; endpoint: string };
+  const all = 16 * 2 ** 20;
+  const served = async () => (await counters()).devices.find((d) => d.endpoint === endpoint)!.bytes;
+  assert.ok(await eventually(async () => (await served()) >= all, 30_000), "the guest reads all of it");
+  assert.equal(
+    (await send("POST", "/v1/unplug", { id: "disk" })).status,
+    400,
+    "what was there from the start",
+  );
+  const gone = await send("POST", "/v1/unplug", { id });
+  assert.deepEqual([gone.status, gone.body], [200, { gone: true }]);
+  assert.deepEqual(
+    (await counters()).devices.map((d) => [d.endpoint, d.faults]),
+    [["0000:00:04.0", 0]],
+  );
+  const { code, stderr } = await cli.ended;
+  assert.equal(code, 0, stderr);
+  const { dma, maps, pins } = JSON.parse(readFileSync(json, "utf8"));
+  assert.deepEqual([dma.faults, maps.liveAtEnd, pins.refused], [0, 0, 0]);
+  assert.ok(dma.bytes >= all && maps.map >= all / 65_536, "what has gone is counted too");
+});
+
+test("a disk whose thread dies in the middle of a DMA harms no other; the reset that frees its guest lets go of its pins", async (t) => {
+  const before = pinnedPages();
+  const told: string[] = [];
+  const vm = await bootedVm(t, {
+    ...{ hotplug: true, deviceEntry: new URL("./dying-disk.ts", import.meta.url) },
+    onWarning: (text) => told.push(text),
+  });
+  const { agent, qmp } = vm.qemu;
+  const { disks, pins } = vm;
+  const id = await disks.plug(await disks.open({ sizeMiB: 64 }));
+  await demand(agent, blockDevice("vdb"), "waiting for the second disk");
+  const fio = runFio(agent, parseFioWorkload("fio:rw=randwrite,bs=4k,iodepth=16,seconds=5,size=16M"));
+  const reading = "dd if=/dev/vdb of=/dev/null bs=64k iflag=direct >/dev/null 2>&1 &";
+  await demand(agent, reading, "reading the second disk");
+  assert.ok(await eventually(() => told.length > 0, 20_000), "it dies, with requests under way");
+  assert.match(
+    told.join(),
+    new RegExp(`^${id} serves the VM no longer, which goes on without it: the disk has`),
+  );
+  const written = await fio;
+  assert.deepEqual([written.verified, written.errors, vm.disk.faults], [true, 0, 0]);
+
+  const held = (await readCounters(agent)).live_frames!;
+  await twoPasses(vm);
+  await twoPasses(vm);
+  const { live_frames, underflow, pin_refused } = await readCounters(agent);
+  assert.deepEqual(
+    [live_frames, underflow, pin_refused],
+    [held, 0, 0],
+    "its guest has not unmapped anything",
+  );
+  assert.ok(
+    await eventually(() => pins.framesNow <= held + 16, 5000),
+    `what nobody maps is unpinned: ${pins.framesNow} pinned, ${held} mapped`,
+  );
+
+  // Its driver waits for the requests that died with the disk.
+  assert.equal(await disks.unplug(id, 2000), false);
+  await qmp.execute("set-action", { reboot: "reset" });
+  await qmp.execute("system_reset");
+  assert.ok(await eventually(() => disks.ids.length === 0, 20_000), "the reset ends what the guest has not");
+  await comesUpAgain(vm);
+  await loadDrivers(agent, await ensureGuest(() => {}), "coiommu");
+  assert.deepEqual(vm.assigned.length, 1);
+  const again = await runFio(agent, parseFioWorkload("fio:rw=randwrite,bs=4k,iodepth=8,seconds=1,size=8M"));
+  assert.deepEqual([again.verified, again.errors, vm.disk.faults], [true, 0, 0]);
+  await vm.close();
+  assert.ok(await eventually(() => pinnedPages() === before, 5000), "the kernel counts no pin any more");
 });

@@ -7,7 +7,7 @@ import { join } from "node:path";
 import { type TestContext, test } from "node:test";
 import { setTimeout as sleep } from "node:timers/promises";
 import { milliseconds } from "../../src/base/units.ts";
-import { demand, loadDrivers, unbindDisk } from "../../src/control/guest-side.ts";
+import { demand, loadDrivers, readCounters, unbindDisk } from "../../src/control/guest-side.ts";
 import type { Vm } from "../../src/control/vm.ts";
 import type { GuestAgent } from "../../src/machine/qemu/agent.ts";
 import { runFio } from "../../src/machine/qemu/fio.ts";
@@ -16,7 +16,7 @@ import { parseFioWorkload } from "../../src/machine/workload-text.ts";
 import { LIVES } from "../../src/tracking/life.ts";
 import { eventually } from "../support/eventually.ts";
 import { bootImage, SAYS_DONE, writtenSum } from "./boot-sector.ts";
-import { bootedVm, INTERVAL_MS, pinnedPages, startedVm, twoPasses } from "./support.ts";
+import { bootedVm, comesUpAgain, INTERVAL_MS, pinnedPages, startedVm, twoPasses } from "./support.ts";
 
 const lifeOf = ({ pins }: Vm) => LIVES[pins.life];
 const TRACKED = "modprobe coiommu";
@@ -36,21 +36,6 @@ async function diskWorks(vm: Vm): Promise<void> {
   const workload = parseFioWorkload("fio:rw=randwrite,bs=4k,iodepth=8,seconds=1,size=8M");
   const { verified, errors } = await runFio(vm.qemu.agent, workload);
   assert.deepEqual([verified, errors, vm.disk.faults, vm.disk.errors], [true, 0, 0, 0]);
-}
-
-/** Wait until a kernel without our module answers, after one with it. */
-async function comesUpAgain({ qemu: { agent } }: Vm): Promise<void> {
-  const asked = () =>
-    agent.run("[ ! -e /sys/module/coiommu ]", { timeoutMs: 2000, what: "asking whether it is up again" });
-  for (let tries = 0; tries < 40; tries++)
-    if (
-      await asked().then(
-        ({ code }) => code === 0,
-        () => false,
-      )
-    )
-      return;
-  assert.fail("the guest has not come up again");
 }
 
 test("a guest that never loads the module is pinned as a whole, and works; loaded late, it is tracked after all", async (t) => {
@@ -113,6 +98,43 @@ test("frozen: what a driver that has gone leaves is not unpinned, and with its f
   await demand(agent, `${TRACKED}; ${untilDisk}`, "loading the module again");
   assert.equal(lifeOf(vm), "tracked");
   await diskWorks(vm);
+});
+
+test("frozen while fio writes: what is mapped is served, nothing new is pinned, and fio goes on when the driver is back", async (t) => {
+  const vm = await bootedVm(t);
+  const { agent } = vm.qemu;
+  const { pins } = vm;
+  const driver = "/sys/bus/virtio/drivers/coiommu";
+  const device = (await demand(agent, `cd ${driver}; echo virtio*`, "finding our function")).trim();
+  const fio = runFio(agent, parseFioWorkload("fio:rw=randwrite,bs=16k,iodepth=32,seconds=6,size=32M"));
+  const { bytes } = vm.disk;
+  assert.ok(await eventually(() => vm.disk.bytes > bytes + 2 ** 20, 10_000), "it writes");
+  await demand(agent, `echo ${device} >${driver}/unbind`, "unbinding our driver");
+  assert.equal(lifeOf(vm), "frozen");
+  const frozen = { held: pins.framesNow, pinned: pins.framesPinned, unpinned: pins.framesUnpinned };
+  // What had been mapped is served by then; what is to be mapped anew waits.
+  let served = -1;
+  assert.ok(
+    await eventually(async () => {
+      const still = served === vm.disk.transfers;
+      served = vm.disk.transfers;
+      await sleep(500);
+      return still;
+    }, 10_000),
+    "fio waits for mappings",
+  );
+  await sleep(2 * INTERVAL_MS);
+  const { framesNow, framesPinned, framesUnpinned } = pins;
+  assert.deepEqual({ held: framesNow, pinned: framesPinned, unpinned: framesUnpinned }, frozen);
+  assert.ok(frozen.held > 0);
+  assert.deepEqual([lifeOf(vm), vm.disk.transfers, vm.disk.faults, vm.disk.errors], ["frozen", served, 0, 0]);
+
+  await demand(agent, `echo ${device} >${driver}/bind`, "binding our driver again");
+  assert.equal(lifeOf(vm), "tracked");
+  const { verified, errors } = await fio;
+  assert.deepEqual([verified, errors, vm.disk.faults, vm.disk.errors], [true, 0, 0, 0]);
+  assert.ok(vm.disk.transfers > served && pins.framesPinned > frozen.pinned, "it has gone on");
+  assert.equal((await readCounters(agent)).underflow, 0);
 });
 
 test("a machine reset lets go of what a timeout has pinned, and begins anew", async (t) => {

@@ -1,3 +1,4 @@
+import assert from "node:assert/strict";
 import { existsSync, readdirSync, readFileSync } from "node:fs";
 import type { TestContext } from "node:test";
 import { milliseconds } from "../../src/base/units.ts";
@@ -51,6 +52,21 @@ export const twoPasses = (vm: Vm): Promise<boolean> => {
   const wanted = vm.pins.passes + 3; // the third begins when the second has ended
   return eventually(() => vm.pins.passes >= wanted);
 };
+
+/** Wait until a kernel without our module answers, after one with it. */
+export async function comesUpAgain({ qemu: { agent } }: Vm): Promise<void> {
+  const asked = () =>
+    agent.run("[ ! -e /sys/module/coiommu ]", { timeoutMs: 2000, what: "asking whether it is up again" });
+  for (let tries = 0; tries < 40; tries++)
+    if (
+      await asked().then(
+        ({ code }) => code === 0,
+        () => false,
+      )
+    )
+      return;
+  assert.fail("the guest has not come up again");
+}
 
 /** Pages that the kernel counts as pinned by this process. */
 export function pinnedPages(): number {
