@@ -4,11 +4,12 @@ import type { DeviceCounters } from "../device/counters.ts";
 import { monotonicClock } from "../host/clock.ts";
 import { closeFd } from "../host/libc.ts";
 import { type GuestRam, guestRam } from "../machine/qemu/guest-ram.ts";
-import { pciFunctions, plug, unplug } from "../machine/qemu/hotplug.ts";
+import { pciFunctions, plug, type QemuFunction, unplug } from "../machine/qemu/hotplug.ts";
 import type { Qmp } from "../machine/qemu/qmp.ts";
 import { connectQmp } from "../machine/qemu/qmp-socket.ts";
 import { createPolicy } from "../policy/registry.ts";
 import type { TrackingCounters } from "../tracking/tracker.ts";
+import { AssignedFunctions, type AssignedSet } from "./assigned-functions.ts";
 import { Balloon } from "./balloon.ts";
 import type { Started } from "./host-side.ts";
 import type { MachineEnd, MachineOptions } from "./machine.ts";
@@ -65,6 +66,7 @@ export class Attachment {
   readonly #iommuGone = Promise.withResolvers<void>();
   readonly #began: Nanoseconds = monotonicClock.now();
   #started: Started | undefined;
+  #functions: AssignedFunctions | undefined;
   #closing: Promise<MachineEnd> | undefined;
 
   private constructor(qmp: Qmp, version: string, ram: GuestRam, options: AttachOptions) {
@@ -103,8 +105,9 @@ export class Attachment {
     let attachment: Attachment | undefined;
     try {
       checkVersion(version);
-      await checkFunctions(qmp, options.assigned);
+      const assigned = await assignedFunctions(qmp, options.assigned);
       attachment = new Attachment(qmp, version, await guestRam(qmp), options);
+      attachment.#follow(assigned);
       await Promise.race([attachment.#plugAll(), attachment.failed]);
       return attachment;
     } catch (error) {
@@ -142,6 +145,7 @@ export class Attachment {
 
   /** End our side, whatever the guest still has of it; idempotent. */
   close(): Promise<MachineEnd> {
+    this.#functions?.close();
     this.#qmp.close();
     this.#closing ??= this.#parts.close();
     return this.#closing;
@@ -164,6 +168,17 @@ export class Attachment {
       kernel: kernelOf({ pins: this.pins, started: this.#started! }, settings, end),
       dma: this.devices.length > 0 ? dmaOf(this) : null,
     };
+  }
+
+  #follow(functions: readonly QemuFunction[]): void {
+    const backend = this.#parts.backendWorker;
+    const set: AssignedSet = {
+      assign: (assigned) => backend.request("assign", assigned),
+      // A disk of ours may have been plugged where it was.
+      unassign: async (bdf) =>
+        this.#disks.assigned.some((disk) => disk.bdf === bdf) || backend.request("unassign", bdf),
+    };
+    this.#functions = new AssignedFunctions(this.#qmp, set, functions, this.#options.onWarning);
   }
 
   async #plugAll(): Promise<void> {
@@ -207,7 +222,7 @@ function checkVersion(version: string): void {
   );
 }
 
-async function checkFunctions(qmp: Qmp, assigned: readonly Bdf[]): Promise<void> {
+async function assignedFunctions(qmp: Qmp, assigned: readonly Bdf[]): Promise<QemuFunction[]> {
   const functions = await pciFunctions(qmp);
   const ours = functions.map(({ id }) => id).filter((id) => id.startsWith(IOMMU_ID));
   if (ours.length > 0)
@@ -217,7 +232,7 @@ async function checkFunctions(qmp: Qmp, assigned: readonly Bdf[]): Promise<void>
       1,
     );
   const missing = assigned.filter((bdf) => !functions.some((f) => f.bdf === bdf));
-  if (missing.length === 0) return;
+  if (missing.length === 0) return functions.filter(({ bdf }) => assigned.includes(bdf));
   const there = functions.map((f) => formatBdf(f.bdf) + (f.id && ` (${f.id})`)).join(", ");
   throw new UserError(`the VM has no function ${missing.map(formatBdf).join(", ")}; it has ${there}`, 1);
 }

@@ -1,5 +1,6 @@
 import assert from "node:assert/strict";
 import test from "node:test";
+import { setTimeout as sleep } from "node:timers/promises";
 import { ramRegion } from "../../test/support/guest.ts";
 import { RAM_FRAMES } from "../../test/support/machine.ts";
 import { type Bdf, FRAME_SIZE, type Gfn, type Gpa, milliseconds } from "../base/units.ts";
@@ -22,9 +23,10 @@ const GATE = 2;
 /** A guest whose driver is active, without an assigned function. */
 function guest() {
   const iommu = createIommuBuffer(RAM_FRAMES);
+  const shared = countersBuffer(TRACKING_COUNTERS);
   const host = new HostSide(
     {
-      ...{ iommu, counters: countersBuffer(TRACKING_COUNTERS), assigned: [], qemu: false },
+      ...{ iommu, counters: shared, assigned: [], qemu: false },
       ...{ strategy: "coiommu", beforeActivation: "none", activationTimeout: Number.POSITIVE_INFINITY },
       ...{ pinner: "software", policy: "lru", interval: milliseconds(1000), quota: Number.POSITIVE_INFINITY },
     },
@@ -38,7 +40,13 @@ function guest() {
   };
   const pages = new FramePool(host.memory, 1024 as Gfn, 512);
   const driver = GuestDriver.activate(on, pages, 1);
-  return { host, driver, pages, gate: new DeviceGate(iommu, GATE, () => host.serveDevices()) };
+  return {
+    host,
+    driver,
+    pages,
+    pins: counters(TRACKING_COUNTERS, shared),
+    gate: new DeviceGate(iommu, GATE, () => host.serveDevices()),
+  };
 }
 
 const noEntry = (error: unknown) => error instanceof DmaMapFailed && error.status === VIRTIO_IOMMU_S_NOENT;
@@ -60,6 +68,21 @@ test("a plugged function can be attached to a domain, by the number that it has 
   domains.attach(DOMAIN, SECOND);
   domains.map(DOMAIN, 100, 7, 1, 3);
   assert.equal(gate.translate(100, "write"), 7);
+});
+
+test("frozen: the pins stay while QEMU's own function is there, and go when it has been unplugged", async () => {
+  const { host, driver, pages, pins } = guest();
+  host.assign({ bdf: FIRST });
+  driver.dma(FIRST, new DirectDma(pages)).mapSingle((5 * FRAME_SIZE) as Gpa, FRAME_SIZE, "from-device");
+  driver.deactivate();
+  const looked = async () => {
+    await sleep(60); // it looks every 50 ms
+    host.work();
+    return pins.framesNow;
+  };
+  assert.equal(await looked(), 1, "its device may still write");
+  host.assign({ bdf: FIRST, absent: true });
+  assert.equal(await looked(), 0);
 });
 
 /** Unpin what a tracked function has left idle, when the thread of another has ended inside a DMA window. */

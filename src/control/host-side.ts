@@ -34,6 +34,8 @@ export interface AssignedFunction {
   readonly gate?: number;
   /** Its DMA faults are no failures: what it touches is pinned then. */
   readonly faultCapable?: boolean;
+  /** It is not plugged now, and does no DMA; who comes there is tracked. */
+  readonly absent?: boolean;
 }
 
 export interface HostSideData {
@@ -104,6 +106,7 @@ export class HostSide {
   readonly #warn: (text: string) => void;
   readonly #iommu: SoftwareIommu;
   readonly #assigned: Map<Bdf, number | undefined>;
+  readonly #absent = new Set<Bdf>();
   readonly #pinner: Pinner;
   readonly #tracker: Tracker;
   readonly #device: VirtioIommu;
@@ -142,7 +145,7 @@ export class HostSide {
       ...lifeOf(data),
       bus: {
         mastering: () => this.#isMastering(),
-        quiet: () => gatesOf(this.#assigned).length === this.#assigned.size && !this.#isMastering(),
+        quiet: () => this.#allAreKnown() && !this.#isMastering(),
       },
       ...(openTable && { openTable }),
     });
@@ -176,9 +179,11 @@ export class HostSide {
    * A function is plugged, or gone. The guest's driver asks which ones are assigned whenever one binds. What a function
    * that is gone had mapped is unpinned as ever: when its driver has unmapped it. It is attached to no domain any more.
    */
-  assign({ bdf, gate, faultCapable = false }: AssignedFunction): void {
+  assign({ bdf, gate, faultCapable = false, absent = false }: AssignedFunction): void {
     this.#reportFaults(); // of what had this gate before
     this.#assigned.set(bdf, gate);
+    if (absent) this.#absent.add(bdf);
+    else this.#absent.delete(bdf);
     if (gate === undefined) return;
     this.#iommu.setFaultCapable(gate, faultCapable);
     this.#tracker.remapping.add(gate);
@@ -186,6 +191,7 @@ export class HostSide {
   unassign(bdf: Bdf): void {
     const gate = this.#assigned.get(bdf);
     this.#assigned.delete(bdf);
+    this.#absent.delete(bdf);
     if (gate !== undefined) this.#tracker.remapping.remove(gate);
   }
 
@@ -240,6 +246,11 @@ export class HostSide {
   #stopped(why: string): void {
     if (!this.#toldStopped) this.#warn(`not all of the guest's memory is pinned: ${why}`);
     this.#toldStopped = true;
+  }
+
+  /** There is no function of which it cannot be known whether it does DMA. */
+  #allAreKnown(): boolean {
+    return gatesOf(this.#assigned).length + this.#absent.size === this.#assigned.size;
   }
 
   #isMastering(): boolean {

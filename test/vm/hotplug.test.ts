@@ -3,11 +3,12 @@ import assert from "node:assert/strict";
 import { readFileSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { type TestContext, test } from "node:test";
-import { milliseconds } from "../../src/base/units.ts";
-import { Attachment } from "../../src/control/attach.ts";
+import { type Bdf, milliseconds, parseBdf } from "../../src/base/units.ts";
+import { Attachment, type AttachOptions } from "../../src/control/attach.ts";
 import { demand, loadDrivers, readCounters } from "../../src/control/guest-side.ts";
 import { runFio } from "../../src/machine/qemu/fio.ts";
 import { ensureGuest } from "../../src/machine/qemu/guest.ts";
+import { pciFunctions } from "../../src/machine/qemu/hotplug.ts";
 import { parseFioWorkload } from "../../src/machine/workload-text.ts";
 import { ask } from "../support/api.ts";
 import { Cli } from "../support/cli.ts";
@@ -15,7 +16,11 @@ import { eventually } from "../support/eventually.ts";
 import { bootedVm, comesUpAgain, INTERVAL_MS, pinnedPages, twoPasses } from "./support.ts";
 import { blockDevice, image, scratch, type UserVm, userVm } from "./user-qemu.ts";
 
-async function attached(t: TestContext, { qmp }: UserVm): Promise<Attachment> {
+async function attached(
+  t: TestContext,
+  { qmp }: UserVm,
+  overrides: Partial<AttachOptions> = {},
+): Promise<Attachment> {
   const attachment = await Attachment.start({
     qmp,
     assigned: [],
@@ -26,6 +31,7 @@ async function attached(t: TestContext, { qmp }: UserVm): Promise<Attachment> {
     quota: () => Number.POSITIVE_INFINITY,
     activationTimeout: Number.POSITIVE_INFINITY,
     onWarning: (text) => assert.fail(text),
+    ...overrides,
   });
   t.after(() => attachment.close());
   return attachment;
@@ -80,6 +86,49 @@ test("what is plugged where a disk of ours was is not tracked", async (t) => {
   await demand(agent, "dd if=/dev/nvme0n1 of=/dev/null bs=64k count=16 iflag=direct", "reading it");
   const after = await readCounters(agent);
   assert.deepEqual([after.map, after.pin_refused], [before.map, 0]);
+});
+
+test("a function of QEMU's that goes and comes back is tracked, where it was and elsewhere", async (t) => {
+  const blockdev = ["-blockdev", "driver=null-co,node-name=other,size=67108864"];
+  const nvme = { driver: "nvme", id: "other", drive: "other", serial: "x" };
+  const vm = await userVm(t, "pc", [...blockdev, "-device", "nvme,id=other,drive=other,serial=x,addr=5"]);
+  const { agent, control } = vm;
+  const notes: string[] = [];
+  const attachment = await attached(t, vm, {
+    ...{ assigned: [parseBdf("00:05.0") as Bdf], onWarning: (text: string) => notes.push(text) },
+  });
+  const there = async () => (await pciFunctions(control)).some(({ id }) => id === "other");
+  const goes = async () => {
+    await control.execute("device_del", { id: "other" });
+    assert.ok(await eventually(async () => !(await there()), 10_000), "the guest lets go of it");
+    assert.equal((await readCounters(agent)).live_frames, 0, "and unmaps all");
+    assert.ok(await eventually(() => attachment.pins.framesNow === 0, 5000), "so nothing is pinned");
+  };
+  const isTracked = async () => {
+    await demand(agent, blockDevice("nvme0n1"), "waiting for it");
+    const before = await readCounters(agent);
+    await demand(agent, "dd if=/dev/nvme0n1 of=/dev/null bs=64k count=32 iflag=direct", "reading it");
+    const after = await readCounters(agent);
+    assert.ok(after.map! >= before.map! + 32, "its mappings are tracked");
+    assert.equal(after.pin_refused, 0);
+  };
+  await demand(agent, "modprobe virtio_pci; modprobe coiommu", "loading ours");
+  await isTracked();
+  await goes();
+  await control.execute("device_add", { ...nvme, addr: "5" });
+  await isTracked();
+  assert.deepEqual(notes, []);
+
+  await goes();
+  await control.execute("device_add", { ...nvme, addr: "9" });
+  assert.ok(await eventually(() => notes.length > 0, 5000), "we see where it is");
+  assert.match(notes.join(), /^other, which was 0000:00:05\.0, is 0000:00:09\.0 now/);
+  await demand(agent, blockDevice("nvme0n1"), "waiting for it");
+  // As we have said, because it may have been quicker.
+  const driver = "/sys/bus/pci/drivers/nvme";
+  const again = `echo 0000:00:09.0 >${driver}/unbind; echo 0000:00:09.0 >${driver}/bind`;
+  await demand(agent, again, "binding its driver again");
+  await isTracked();
 });
 
 interface Counters {

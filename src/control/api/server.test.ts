@@ -55,6 +55,16 @@ for (const [what, thrown, status, error] of [
     assert.equal((await ask(path, "GET", "/v1/state")).status, 200);
   });
 
+test("a machine that takes no devices while it runs refuses to be given one, and to have one taken away", async (t) => {
+  const { path } = await serving(t, () => Promise.reject(new Error("not asked")));
+  for (const [route, body] of [
+    ["/v1/plug", { file: "disk" }],
+    ["/v1/unplug", { id: "coiommu-disk0" }],
+  ] as const)
+    assert.equal((await ask(path, "POST", route, body)).status, 409);
+  assert.equal((await ask(path, "POST", "/v1/plug", { file: "" })).status, 400);
+});
+
 test("without a live guest: 503, but wrong requests are told so and the document is there", async (t) => {
   const { api, path } = await serving(t, () => Promise.reject(new Error("not asked")));
   api.guest = undefined;

@@ -24,9 +24,14 @@ export interface QemuFunction {
   readonly id: string;
 }
 
-export async function pciFunctions(qmp: Qmp): Promise<QemuFunction[]> {
+/** Without those behind a bridge that firmware has not numbered yet. */
+export async function pciFunctions(qmp: Pick<Qmp, "execute">): Promise<QemuFunction[]> {
   const buses = await qmp.execute<PciBus[]>("query-pci");
-  return buses.flatMap(({ devices }) => flat(devices)).map((d) => ({ bdf: bdfOf(d), id: d.qdev_id }));
+  return buses.flatMap((root) =>
+    flat(root.devices)
+      .filter((d) => d.bus !== root.bus || root.devices.includes(d))
+      .map((d) => ({ bdf: bdfOf(d), id: d.qdev_id })),
+  );
 }
 
 const flat = (devices: readonly PciDevice[]): PciDevice[] =>
