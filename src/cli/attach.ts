@@ -1,10 +1,12 @@
 import { Command } from "commander";
 import { UserError } from "../base/errors.ts";
 import { type Bdf, FRAME_SIZE, formatBdf } from "../base/units.ts";
-import { Attachment, DETACH_MS_MAX } from "../control/attach.ts";
+import { Attachment, DETACH_MS_MAX, STRATEGY } from "../control/attach.ts";
 import { backgroundText } from "../control/background.ts";
+import type { RunOptions } from "../control/run.ts";
+import { withApi } from "./api.ts";
 import { vmPinner } from "./machine-choice.ts";
-import { addPinOptions, optionOf, type PinOptions } from "./machine-options.ts";
+import { API_OPTION, addPinOptions, optionOf, type PinOptions } from "./machine-options.ts";
 import { number, writeJson } from "./output.ts";
 import { Progress } from "./progress.ts";
 import { takeSignals } from "./signals.ts";
@@ -35,6 +37,7 @@ interface AttachCommandOptions extends PinOptions {
   readonly assigned: readonly Bdf[];
   readonly disk: readonly string[];
   readonly faultCapableDisk: readonly string[];
+  readonly api?: string;
   readonly json?: string;
 }
 
@@ -65,18 +68,23 @@ export function attachCommand(): Command {
     "none",
   );
   addPinOptions(option);
+  option(...API_OPTION);
   option("--json <file>", "write the result as JSON, to a file or to - (standard output)", (file) => file);
   return command.addHelpText("after", EXAMPLES).action(async (options: AttachCommandOptions) => {
     const progress = new Progress();
     try {
-      await attach(options, progress);
+      await withApi(options.api, progress.warn, (api) => attach(options, progress, api));
     } finally {
       progress.stop();
     }
   });
 }
 
-async function attach(options: AttachCommandOptions, progress: Progress): Promise<void> {
+async function attach(
+  options: AttachCommandOptions,
+  progress: Progress,
+  api: RunOptions["api"],
+): Promise<void> {
   const { qmp, assigned, policy, interval, activationTimeout } = options;
   const disks = [
     ...options.disk.map((file) => ({ file, faultCapable: false })),
@@ -88,6 +96,7 @@ async function attach(options: AttachCommandOptions, progress: Progress): Promis
     pinner: vmPinner(options.pinner, progress.warn),
     quota: (memoryMiB) => quotaFrames(options.quota, memoryMiB),
   });
+  if (api) api.guest = { machine: attachment, options: { strategy: STRATEGY } };
   const forced = Promise.withResolvers<"forced">();
   const summary = setInterval(() => progress.step(summaryOf(attachment)), SUMMARY_MS);
   takeSignals(leaving(attachment, progress, () => forced.resolve("forced")));
@@ -109,6 +118,7 @@ async function attach(options: AttachCommandOptions, progress: Progress): Promis
     tellEnd(how, attachment, assigned, progress);
   } finally {
     clearInterval(summary);
+    if (api) api.guest = undefined;
     await attachment.close();
   }
 }

@@ -37,6 +37,12 @@ Workloads, with what they are by default:
   script:FILE                                   what the script does (VM)
   shell                                         what you do (VM)`;
 
+export const API_OPTION = [
+  "--api <path>",
+  "while it runs, serve HTTP on a Unix socket: see and change what the guest may have pinned (/openapi.json)",
+  parseSocketPath,
+] as const;
+
 /** Options of addPinOptions(), as commander gives them. */
 export interface PinOptions {
   readonly policy: string;
@@ -142,11 +148,7 @@ export function addMachineOptions(command: Command): Command {
     "assigned devices may fault on their buffers, which are pinned then and not when mapped (coiommu)",
     false,
   );
-  option(
-    "--api <path>",
-    "while it runs, serve HTTP on a Unix socket: see and change what the guest may have pinned (/openapi.json)",
-    parseSocketPath,
-  );
+  option(...API_OPTION);
   option("--json <file>", "write the result as JSON, to a file or to - (standard output)", (file) => file);
   return command.addHelpText("after", WORKLOADS);
 }

@@ -50,6 +50,11 @@ export class AssignedFunctions {
     });
   }
 
+  /** Where they are, of those that QEMU has now. */
+  get present(): Bdf[] {
+    return this.#followed.filter(({ absent }) => !absent).map(({ bdf }) => bdf);
+  }
+
   close(): void {
     this.#again?.();
     this.#again = undefined;

@@ -7,12 +7,12 @@ import { type GuestRam, guestRam } from "../machine/qemu/guest-ram.ts";
 import { pciFunctions, plug, type QemuFunction, unplug } from "../machine/qemu/hotplug.ts";
 import type { Qmp } from "../machine/qemu/qmp.ts";
 import { connectQmp } from "../machine/qemu/qmp-socket.ts";
-import { createPolicy } from "../policy/registry.ts";
 import type { TrackingCounters } from "../tracking/tracker.ts";
 import { AssignedFunctions, type AssignedSet } from "./assigned-functions.ts";
 import { Balloon } from "./balloon.ts";
+import { DirtyFrames } from "./dirty.ts";
 import type { Started } from "./host-side.ts";
-import type { MachineEnd, MachineOptions } from "./machine.ts";
+import type { AssignedDevice, LiveMachine, MachineEnd, MachineOptions } from "./machine.ts";
 import { Operator } from "./operator.ts";
 import { Parts } from "./parts.ts";
 import { type OpenDisk, type PluggedDisk, PluggedDisks } from "./plugged-disks.ts";
@@ -41,10 +41,11 @@ export interface AttachOptions extends Pick<MachineOptions, Settings> {
 
 /** Name in QEMU of our virtio-iommu. */
 const IOMMU_ID = "coiommu";
-const STRATEGY = "coiommu";
+export const STRATEGY = "coiommu";
 
 /** coIOMMU in a QEMU that a person has started, and that goes on without us. */
-export class Attachment {
+export class Attachment implements LiveMachine {
+  readonly name = "qemu";
   readonly version: string;
   readonly ram: GuestRam;
   readonly pins: TrackingCounters;
@@ -52,6 +53,11 @@ export class Attachment {
   readonly diskIds: string[] = [];
   /** Of all disks of ours, those that have gone too. */
   readonly devices: readonly DeviceCounters[];
+  readonly disks: PluggedDisks;
+  readonly operator: Operator;
+  readonly dirty: DirtyFrames;
+  readonly balloon: Balloon;
+  readonly drivers = null;
   /** Resolves when nothing is left to serve: the guest has let go of our virtio-iommu, or QEMU has ended. */
   readonly ended: Promise<"detached" | "qemu-ended">;
   /** Rejects when a part fails that should run. */
@@ -60,7 +66,6 @@ export class Attachment {
   readonly #options: AttachOptions;
   readonly #quota: number;
   readonly #parts: Parts;
-  readonly #disks: PluggedDisks;
   /** Where our virtio-iommu is. */
   #iommu: Bdf | undefined;
   readonly #iommuGone = Promise.withResolvers<void>();
@@ -83,15 +88,17 @@ export class Attachment {
       assigned: options.assigned.map((bdf) => ({ bdf })),
     });
     this.pins = this.#parts.pins;
-    this.#disks = new PluggedDisks(qmp, this.#parts, options.onWarning);
-    this.devices = this.#disks.counters;
+    this.disks = new PluggedDisks(qmp, this.#parts, options.onWarning);
+    this.devices = this.disks.counters;
     this.failed = this.#parts.failed.promise;
     this.ended = Promise.race([
       this.#iommuGone.promise.then(() => "detached" as const),
       qmp.closed.then(() => "qemu-ended" as const),
     ]);
-    // QEMU's balloon is for others to fill; what is in it must not stay pinned.
-    new Balloon(qmp, new Operator(this.#parts.backendWorker, { ...options, strategy: STRATEGY }));
+    this.operator = new Operator(this.#parts.backendWorker, { ...options, strategy: STRATEGY });
+    this.dirty = new DirtyFrames(this.#parts.backendWorker);
+    // Others may fill QEMU's balloon too; what is in it must not stay pinned.
+    this.balloon = new Balloon(qmp, this.operator);
     qmp.onEvent(({ event, data }) => {
       if (event !== "DEVICE_DELETED" || data.device !== IOMMU_ID) return;
       this.#iommu = undefined;
@@ -118,25 +125,25 @@ export class Attachment {
     }
   }
 
+  get started(): Started {
+    return this.#started!;
+  }
+
+  /** Disks of ours, and of what is QEMU's that which it has now. */
+  get assigned(): readonly AssignedDevice[] {
+    const functions = this.#functions!.present.map((bdf) => ({ bdf, counters: null }));
+    return [...this.disks.assigned, ...functions];
+  }
+
   /** Where our function is in the guest, by its id; undefined when it is not there. */
   bdfOf(id = IOMMU_ID): Bdf | undefined {
-    return id === IOMMU_ID ? this.#iommu : this.#disks.bdfOf(id);
-  }
-
-  /** Give the VM one more disk of ours, tracked. Returns its id. */
-  async plugDisk(disk: PluggedDisk): Promise<string> {
-    return await this.#disks.plug(await this.#disks.open(disk));
-  }
-
-  /** Ask the guest to let go of a disk of ours. False when it has not in time: it still may. */
-  unplug(id: string, patienceMs: number): Promise<boolean> {
-    return this.#disks.unplug(id, patienceMs);
+    return id === IOMMU_ID ? this.#iommu : this.disks.bdfOf(id);
   }
 
   /** Ask the guest to let go of all of ours; the ids of what it has not let go of in time. */
   async detach(patienceMs: number): Promise<string[]> {
-    const { ids } = this.#disks;
-    const gone = await Promise.all(ids.map((id) => this.unplug(id, patienceMs)));
+    const { ids } = this.disks;
+    const gone = await Promise.all(ids.map((id) => this.disks.unplug(id, patienceMs)));
     // The disks' drivers need the virtio-iommu until they have gone.
     const left = ids.filter((_, i) => !gone[i]);
     if (left.length > 0 || this.#iommu === undefined) return left;
@@ -153,7 +160,7 @@ export class Attachment {
 
   /** What is told at the end; `end` is what close() returned. */
   result(end: MachineEnd): AttachResult {
-    const policy = createPolicy(this.#options.policy);
+    const policy = this.operator.policy!;
     const settings = { strategy: STRATEGY, quota: this.#quota } as const;
     return {
       schema: "coiommu.attach/1",
@@ -165,7 +172,7 @@ export class Attachment {
       pinner: this.#options.pinner,
       attachedMs: Math.round((monotonicClock.now() - this.#began) / 1e6),
       pins: pinsOf(this, settings),
-      kernel: kernelOf({ pins: this.pins, started: this.#started! }, settings, end),
+      kernel: kernelOf({ pins: this.pins, started: this.started }, settings, end),
       dma: this.devices.length > 0 ? dmaOf(this) : null,
     };
   }
@@ -176,7 +183,7 @@ export class Attachment {
       assign: (assigned) => backend.request("assign", assigned),
       // A disk of ours may have been plugged where it was.
       unassign: async (bdf) =>
-        this.#disks.assigned.some((disk) => disk.bdf === bdf) || backend.request("unassign", bdf),
+        this.disks.assigned.some((disk) => disk.bdf === bdf) || backend.request("unassign", bdf),
     };
     this.#functions = new AssignedFunctions(this.#qmp, set, functions, this.#options.onWarning);
   }
@@ -184,9 +191,9 @@ export class Attachment {
   async #plugAll(): Promise<void> {
     // Images that cannot be used are found out before QEMU has anything of ours.
     const open: OpenDisk[] = [];
-    for (const disk of this.#options.disks) open.push(await this.#disks.open(disk));
+    for (const disk of this.#options.disks) open.push(await this.disks.open(disk));
     await this.#plugIommu();
-    for (const disk of open) this.diskIds.push(await this.#disks.plug(disk));
+    for (const disk of open) this.diskIds.push(await this.disks.plug(disk));
   }
 
   async #plugIommu(): Promise<void> {

@@ -74,18 +74,16 @@ export interface MachineEnd {
 /** A device that the guest has now. */
 export interface AssignedDevice {
   readonly bdf: Bdf;
-  readonly counters: DeviceCounters;
+  /** Null where it is not a device of ours. */
+  readonly counters: DeviceCounters | null;
 }
 
-/** A guest with assigned devices, and what serves them. Made with the guest paused; the methods follow each other. */
-export interface Machine {
+/** What of a guest is seen and changed from outside while it lives. */
+export interface LiveMachine {
   readonly name: RunResult["guest"]["machine"];
-  readonly host: RunResult["host"];
   readonly started: Started;
   readonly pins: TrackingCounters;
   readonly assigned: readonly AssignedDevice[];
-  /** Of all assigned devices, those that have gone too. */
-  readonly devices: readonly DeviceCounters[];
   /** That come and go while the guest runs; null where none can. */
   readonly disks: PluggedDisks | null;
   /** What each CPU's driver counts, where it is in memory of ours; null where it is the guest's. */
@@ -94,6 +92,13 @@ export interface Machine {
   readonly dirty: DirtyFrames;
   /** Null where there is none. */
   readonly balloon: Balloon | null;
+}
+
+/** A guest with assigned devices, and what serves them. Made with the guest paused; the methods follow each other. */
+export interface Machine extends LiveMachine {
+  readonly host: RunResult["host"];
+  /** Of all assigned devices, those that have gone too. */
+  readonly devices: readonly DeviceCounters[];
   /** Rejects when a part fails that should run until close(). */
   readonly failed: Promise<never>;
   /** Resolves when the guest executes. */

@@ -2,7 +2,7 @@ import { monotonicClock } from "../host/clock.ts";
 import { sums } from "../memory/counters.ts";
 import { meanPinned } from "../tracking/counters.ts";
 import { backgroundText } from "./background.ts";
-import type { DriverState, Machine, MachineEnd, MachineOptions, Worked } from "./machine.ts";
+import type { DriverState, LiveMachine, Machine, MachineEnd, MachineOptions, Worked } from "./machine.ts";
 import type { RunResult } from "./result.ts";
 import { hasDriver, isRemapping } from "./strategy.ts";
 import type { Workload } from "./workload.ts";
@@ -15,8 +15,8 @@ export interface RunOptions extends MachineOptions {
 
 /** A guest, and what it was started with. */
 export interface LiveGuest {
-  readonly machine: Machine;
-  readonly options: MachineOptions;
+  readonly machine: LiveMachine;
+  readonly options: Pick<MachineOptions, "strategy">;
 }
 
 const SAMPLE_MS = 100;

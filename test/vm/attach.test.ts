@@ -7,6 +7,7 @@ import { type TestContext, test } from "node:test";
 import { demand, readCounters } from "../../src/control/guest-side.ts";
 import { runFio } from "../../src/machine/qemu/fio.ts";
 import { parseFioWorkload } from "../../src/machine/workload-text.ts";
+import { ask, socketPath } from "../support/api.ts";
 import { Cli, complaint, type Ended } from "../support/cli.ts";
 import { eventually } from "../support/eventually.ts";
 import { blockDevice, image, SHARED_RAM, scratch, startedQemu, userVm } from "./user-qemu.ts";
@@ -27,7 +28,8 @@ test("a VM on machine pc gets coIOMMU and a disk, loses them at Ctrl-C, and goes
   const [disk, json] = [image(folder, "disk", 64), join(folder, "result.json")];
   await demand(agent, LOAD, "loading the drivers");
   const options = ["--assigned", "0000:00:05.0", "--disk", disk];
-  const cli = attach(t, vm.qmp, ...options, "--json", json);
+  const api = socketPath(t);
+  const cli = attach(t, vm.qmp, ...options, "--json", json, "--api", api);
   await cli.said(`is the disk ${disk}`);
   await demand(agent, `modprobe coiommu; ${blockDevice("vda")}; ${blockDevice("nvme0n1")}`, "loading ours");
   const written = await runFio(
@@ -41,14 +43,29 @@ test("a VM on machine pc gets coIOMMU and a disk, loses them at Ctrl-C, and goes
   await demand(agent, read(32), "reading what the VM had before");
   assert.ok((await readCounters(agent)).map! >= before.map! + 32, "its mappings are tracked");
 
+  const get = async <T>(path: string) => (await ask(api, "GET", path)).body as T;
+  const state = await get<{ life: string; endpoints: string[] }>("/v1/state");
+  assert.deepEqual([state.life, state.endpoints.length, state.endpoints[1]], ["tracked", 2, "0000:00:05.0"]);
+  const { devices } = await get<{ devices: { endpoint: string; bytes: number }[] }>("/v1/counters");
+  assert.deepEqual(
+    devices.map(({ endpoint }) => endpoint),
+    [state.endpoints[0]],
+    "only what is ours is counted",
+  );
+  assert.ok(devices[0]!.bytes >= 16 * 2 ** 20);
+  const { body } = await ask(api, "PUT", "/v1/policy", { name: "off" });
+  assert.deepEqual(body, { name: "off", parameters: {} });
+  const noBalloon = await ask(api, "PUT", "/v1/balloon", { memoryMiB: 64 });
+  assert.equal(noBalloon.status, 409, JSON.stringify(noBalloon.body));
+
   cli.child.kill("SIGINT");
   const ended = await cli.ended;
   assert.equal(ended.code, 0, ended.stderr);
   assert.match(ended.stderr, /detached; the VM goes on\nuntil coiommu attaches again, 0000:00:05\.0/);
   const result = JSON.parse(readFileSync(json, "utf8"));
   assert.deepEqual(
-    [result.schema, result.dma.faults, result.pins.refused, result.assigned],
-    ["coiommu.attach/1", 0, 0, ["0000:00:05.0"]],
+    [result.schema, result.dma.faults, result.pins.refused, result.assigned, result.policy],
+    ["coiommu.attach/1", 0, 0, ["0000:00:05.0"], "off"],
   );
   assert.ok(result.dma.bytes >= 16 * 2 ** 20 && result.pins.framesPeak > 0);
   await demand(agent, "[ ! -e /sys/bus/pci/devices/0000:00:04.0 ]", "looking for our function");

@@ -6,6 +6,7 @@ import { type TestContext, test } from "node:test";
 import { type Bdf, milliseconds, parseBdf } from "../../src/base/units.ts";
 import { Attachment, type AttachOptions } from "../../src/control/attach.ts";
 import { demand, loadDrivers, readCounters } from "../../src/control/guest-side.ts";
+import type { PluggedDisks } from "../../src/control/plugged-disks.ts";
 import { runFio } from "../../src/machine/qemu/fio.ts";
 import { ensureGuest } from "../../src/machine/qemu/guest.ts";
 import { pciFunctions } from "../../src/machine/qemu/hotplug.ts";
@@ -37,6 +38,8 @@ async function attached(
   return attachment;
 }
 
+const plugged = async (disks: PluggedDisks, sizeMiB: number) => disks.plug(await disks.open({ sizeMiB }));
+
 const faults = ({ devices }: Attachment) => devices.reduce((sum, d) => sum + d.faults, 0);
 
 test("a disk that is plugged and unplugged while another works is tracked, and leaves no pin", async (t) => {
@@ -44,23 +47,23 @@ test("a disk that is plugged and unplugged while another works is tracked, and l
   const vm = await userVm(t, "pc");
   const { agent } = vm;
   const attachment = await attached(t, vm);
-  const first = await attachment.plugDisk({ sizeMiB: 64 });
+  const first = await plugged(attachment.disks, 64);
   const load = `modprobe virtio_pci; modprobe virtio_blk; modprobe coiommu; ${blockDevice("vda")}`;
   await demand(agent, load, "loading the drivers");
 
   const fio = runFio(agent, parseFioWorkload("fio:rw=randwrite,bs=4k,iodepth=16,seconds=6,size=16M"));
   const mapped = async () => (await readCounters(agent)).live_frames!;
-  const second = await attachment.plugDisk({ sizeMiB: 32 });
+  const second = await plugged(attachment.disks, 32);
   await demand(agent, blockDevice("vdb"), "waiting for the second disk");
   const alone = await mapped();
   await demand(agent, "dd if=/dev/vdb of=/dev/null bs=64k count=256 iflag=direct", "reading the second disk");
   assert.ok(attachment.devices[1]!.bytes >= 16 * 2 ** 20, "the second disk has served what was read");
-  assert.ok(await attachment.unplug(second, 10_000), "the guest lets go of it");
+  assert.ok(await attachment.disks.unplug(second, 10_000), "the guest lets go of it");
   const written = await fio;
   assert.deepEqual([written.verified, written.errors, faults(attachment)], [true, 0, 0]);
   assert.ok((await mapped()) < alone, "what the second disk had mapped is not");
 
-  assert.ok(await attachment.unplug(first, 10_000), "the guest lets go of the first one too");
+  assert.ok(await attachment.disks.unplug(first, 10_000), "the guest lets go of the first one too");
   const idle = await readCounters(agent);
   assert.deepEqual([idle.live_frames, idle.underflow, idle.pin_refused], [0, 0, 0]);
   assert.ok(await eventually(() => attachment.pins.framesNow === 0, 5000), "all frames are unpinned");
@@ -73,7 +76,7 @@ test("what is plugged where a disk of ours was is not tracked", async (t) => {
   const { agent, control } = vm;
   const attachment = await attached(t, vm);
   await demand(agent, "modprobe virtio_pci; modprobe virtio_blk; modprobe coiommu", "loading the drivers");
-  const disk = await attachment.plugDisk({ sizeMiB: 32 });
+  const disk = await plugged(attachment.disks, 32);
   await demand(agent, blockDevice("vda"), "waiting for the disk");
   const slot = ((attachment.bdfOf(disk)! >> 3) & 31).toString(16);
   // By the person, not by us.

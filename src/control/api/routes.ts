@@ -59,10 +59,9 @@ export const ROUTES: readonly Route[] = [
     answer: schemas.Counters,
     serve: (guest) => ({
       tracking: trackingOf(guest),
-      devices: guest.machine.assigned.map(({ bdf, counters }) => ({
-        endpoint: formatBdf(bdf),
-        ...sums(DEVICE_COUNTERS, [counters]),
-      })),
+      devices: guest.machine.assigned.flatMap(({ bdf, counters }) =>
+        counters ? { endpoint: formatBdf(bdf), ...sums(DEVICE_COUNTERS, [counters]) } : [],
+      ),
       driver: guest.machine.drivers && sums(DRIVER_COUNTERS, guest.machine.drivers),
     }),
   }),
