@@ -62,7 +62,8 @@ struct virtqueue;
 	X(iova_leaked)		/* pages of addresses whose UNMAP never did */ \
 	X(remap_lost)		/* ATTACH ... UNMAP without an answer in time */ \
 	X(kicks)		/* notifications: what leaves the guest for requests */ \
-	X(faults)		/* DMA faults that the device reported */
+	X(faults)		/* DMA faults that the device reported */ \
+	X(bad_events)		/* events that are no such report */
 
 struct seq_file;
 

@@ -46,12 +46,15 @@ static void report(const struct virtio_iommu_fault *fault, unsigned int len)
 	u64 address = flags & VIRTIO_IOMMU_FAULT_F_ADDRESS ? le64_to_cpu(fault->address) : 0;
 
 	if (len < sizeof(*fault)) {
+		coiommu_count(bad_events);
 		dev_err_ratelimited(&events->vdev->dev, "an event of %u bytes\n", len);
 		return;
 	}
 	/* "If the reserved field is not zero, the driver MUST ignore the fault report." */
-	if (memchr_inv(fault->reserved, 0, sizeof(fault->reserved)))
+	if (memchr_inv(fault->reserved, 0, sizeof(fault->reserved))) {
+		coiommu_count(bad_events);
 		return;
+	}
 	coiommu_count(faults);
 	dev_err_ratelimited(&events->vdev->dev,
 			    "DMA fault of %04x:%02x:%02x.%x: %s%s of %s0x%llx: %s\n",

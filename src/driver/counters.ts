@@ -33,5 +33,8 @@ export const DRIVER_COUNTERS = [
   "alloc",
   "free",
   "sync",
+  /** DMA faults that the device reported, and events that are no such report. */
+  "faults",
+  "badEvents",
 ] as const;
 export type DriverCounters = Counters<(typeof DRIVER_COUNTERS)[number]>;

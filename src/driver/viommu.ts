@@ -22,6 +22,7 @@ import type { Cpu } from "./cpu.ts";
 import { TrackedDma } from "./dma.ts";
 import { type DmaApi, DmaMapFailed, type PageAllocator } from "./dma-api.ts";
 import { DomainRequests } from "./domain-requests.ts";
+import { eventQueueAt, FaultEvents, type FaultReport } from "./fault-events.ts";
 import { PinRequests } from "./pin-requests.ts";
 import { eachUnit, surveyTable, type TableUse } from "./survey.ts";
 import { buildTable, type TableGeometry } from "./table.ts";
@@ -32,6 +33,8 @@ const bit = (feature: number): bigint => 1n << BigInt(feature);
 const NEEDED = bit(VIRTIO_IOMMU_F_BYPASS_CONFIG) | bit(VIRTIO_IOMMU_F_PIN_PAGE);
 const PIN_DIRTY = bit(VIRTIO_IOMMU_F_PIN_DIRTY);
 const MAP_UNMAP = bit(VIRTIO_IOMMU_F_MAP_UNMAP);
+const REQUEST_QUEUE = 0;
+const EVENT_QUEUE = 1;
 /** Frames pinned in one request when a table that is in use is taken up again. */
 const LIVE_BATCH = 32;
 
@@ -40,6 +43,7 @@ export interface DriverPlaces {
   readonly pci: VirtioPciPlaces;
   readonly table: TableGeometry;
   readonly queue: QueueLayout;
+  readonly events: QueueLayout;
   /** GPA of the page in which requests are made. */
   readonly page: Gpa;
   readonly bitmap: Gpa;
@@ -57,6 +61,8 @@ export interface DriverCpu {
   readonly counters: DriverCounters;
   /** False: an old driver, which does not know PIN_DIRTY. */
   readonly knowsPinDirty?: boolean;
+  /** Told of each DMA fault that the device has reported; they are counted as well. */
+  readonly faulted?: (report: FaultReport) => void;
   /** The table's units; tests of the checkers put broken ones here. */
   readonly openUnits?: (...args: ConstructorParameters<typeof TrackingUnits>) => TrackingUnits;
 }
@@ -71,6 +77,7 @@ export class GuestDriver {
   readonly #pci: VirtioPciDriver;
   readonly #units: TrackingUnits;
   readonly #requests: PinRequests;
+  readonly #events: FaultEvents;
   /** For domains; ATTACH and DETACH move an endpoint that has no mappings. */
   readonly domains: DomainRequests;
 
@@ -80,9 +87,11 @@ export class GuestDriver {
     this.#pci = new VirtioPciDriver(on.pciFunction, places.pci);
     const { openUnits = (...args) => new TrackingUnits(...args) } = on;
     this.#units = openUnits(on.memory, places.table, places.cpus, places.marksDirty);
-    const channel = { ...on, page: places.page, queue: places.queue, notify: () => this.#pci.notify() };
+    const notify = (queue: number) => () => this.#pci.notify(queue);
+    const channel = { ...on, page: places.page, queue: places.queue, notify: notify(REQUEST_QUEUE) };
     this.#requests = new PinRequests({ ...channel, units: this.#units, rangesMax: places.rangesMax });
     this.domains = new DomainRequests(channel);
+    this.#events = new FaultEvents({ ...on, queue: places.events, notify: notify(EVENT_QUEUE) });
   }
 
   /** Find the device, build the table, turn PIN on. Throws ProtocolError or DmaMapFailed "no-memory". */
@@ -94,11 +103,13 @@ export class GuestDriver {
     };
     const pci = new VirtioPciDriver(on.pciFunction);
     const marksDirty = negotiate(pci, on);
-    const queue = pci.setUpQueue((size) => layoutAt(allocate(layoutAt(0, size).bytes), size));
+    const queue = pci.setUpQueue(REQUEST_QUEUE, (size) => layoutAt(allocate(layoutAt(0, size).bytes), size));
+    const events = pci.setUpQueue(EVENT_QUEUE, (size) => eventQueueAt(allocate(FRAME_SIZE), size));
     const driver = new GuestDriver(on, {
       pci: pci.places,
       table: buildTable(on.memory, pages),
       queue,
+      events,
       page: allocate(FRAME_SIZE),
       bitmap: allocate(ASSIGNED_BITMAP_SIZE),
       rangesMax: readConfig(pci, "pinBatchMax"),
@@ -128,11 +139,17 @@ export class GuestDriver {
     return new TrackedDma({ direct, units: this.#units, requests: this.#requests, endpoint, counters });
   }
 
+  /** Take the device's reports of DMA faults; of one CPU at a time. */
+  pollFaults(): void {
+    this.#events.poll();
+  }
+
   /** PIN off, and the device reset: new mappings fail, what is mapped stays so and can be unmapped. */
   deactivate(): void {
     this.#requests.enable(false);
     writeConfig(this.#pci, "pinControl", PIN_CONTROL_OFF);
     this.#pci.reset();
+    this.#events.drain();
   }
 
   /**
@@ -145,7 +162,8 @@ export class GuestDriver {
     if (negotiate(this.#pci, this.#on) !== this.places.marksDirty)
       throw new ProtocolError("the device has changed its mind about PIN_DIRTY");
     this.#on.memory.write(queue.desc, new Uint8Array(layoutAt(queue.desc, queue.size).bytes));
-    this.#pci.setUpQueue(() => queue);
+    this.#pci.setUpQueue(REQUEST_QUEUE, () => queue);
+    this.#pci.setUpQueue(EVENT_QUEUE, () => this.places.events);
     this.#start();
     this.#pinLive(endpoint);
   }
@@ -160,6 +178,7 @@ export class GuestDriver {
   #start(): void {
     this.#requests.setUp();
     this.#requests.forgetLost();
+    this.#events.setUp();
     this.#pci.ready();
     const { bitmap, table } = this.places;
     // A write may be posted; the read of pin_status comes after all of them.

@@ -18,18 +18,21 @@ import {
   VirtioPciNotifyCap,
 } from "../wire/pci.ts";
 import type { Value } from "../wire/struct.ts";
+import { QUEUE_SIZE_MAX } from "../wire/virtqueue.ts";
 
 type CommonField = keyof typeof VirtioPciCommonCfg.fields;
 /** The list is of 4-byte aligned entries in 192 bytes, so that it cannot be longer; a cycle ends here too. */
 const CAPABILITIES_MAX = 48;
+/** Request queue and event queue of a virtio-iommu. */
+const QUEUES_USED = 2;
 const COMMON_FIELDS = VirtioPciCommonCfg.fields;
 
 /** Where the function's structures are in its BAR: what other CPUs need to use it too. */
 export interface VirtioPciPlaces {
   readonly common: number;
   readonly device: number;
-  /** Of queue 0, the only one that is used. */
-  readonly notify: number;
+  /** Of each queue that is used. */
+  readonly notify: readonly number[];
 }
 
 /** Driver's side of a virtio device as a modern PCI function, VIRTIO 1.2 sections 3.1 and 4.1. */
@@ -58,10 +61,14 @@ export class VirtioPciDriver {
     return features;
   }
 
-  /** Section 4.1.5.1.3, for queue 0: `layout` gives the rings for the size that the device offers. */
-  setUpQueue(layout: (size: number) => QueueLayout): QueueLayout {
-    this.#set("queueSelect", 0);
-    const queue = layout(this.#get("queueSize"));
+  /** Section 4.1.5.1.3: `layout` gives the rings for the size that the device offers, or for fewer descriptors. */
+  setUpQueue(index: number, layout: (size: number) => QueueLayout): QueueLayout {
+    this.#set("queueSelect", index);
+    const offered = this.#get("queueSize");
+    if (offered === 0 || offered & (offered - 1) || offered > QUEUE_SIZE_MAX)
+      throw new ProtocolError(`the device offers queue ${index} with ${offered} descriptors`);
+    const queue = layout(offered);
+    if (queue.size !== offered) this.#set("queueSize", queue.size);
     this.#set64("queueDesc", queue.desc);
     this.#set64("queueDriver", queue.driver);
     this.#set64("queueDevice", queue.device);
@@ -77,8 +84,8 @@ export class VirtioPciDriver {
     this.#set("deviceStatus", 0);
   }
 
-  notify(): void {
-    this.#function.barWrite(this.places.notify, 2, 0n);
+  notify(queue: number): void {
+    this.#function.barWrite(this.places.notify[queue]!, 2, BigInt(queue));
   }
 
   /** Device configuration; 64-bit fields are written in two halves, section 4.1.3.1. */
@@ -137,11 +144,11 @@ function findPlaces(pciFunction: PciFunction): VirtioPciPlaces {
   if (!common || !device || !notify) throw new ProtocolError("the function is no modern virtio device");
   const command = PCI_COMMAND_MEMORY | PCI_COMMAND_MASTER;
   pciFunction.configWrite(PciHeader.fields.command.at, 2, command);
-  pciFunction.barWrite(common.offset + COMMON_FIELDS.queueSelect.at, 2, 0n);
-  const off = pciFunction.barRead(common.offset + COMMON_FIELDS.queueNotifyOff.at, 2);
-  return {
-    common: common.offset,
-    device: device.offset,
-    notify: notify.offset + Number(off) * notify.multiplier,
+  const notifyAt = (queue: number): number => {
+    pciFunction.barWrite(common.offset + COMMON_FIELDS.queueSelect.at, 2, BigInt(queue));
+    const off = pciFunction.barRead(common.offset + COMMON_FIELDS.queueNotifyOff.at, 2);
+    return notify.offset + Number(off) * notify.multiplier;
   };
+  const queues = Array.from({ length: QUEUES_USED }, (_, queue) => queue);
+  return { common: common.offset, device: device.offset, notify: queues.map(notifyAt) };
 }

@@ -55,7 +55,7 @@ const virtioIommu: FrontEnd<DriverPlaces> = {
   },
   activate(on, pages, cpus) {
     const own = GuestDriver.activate(on, pages, cpus).places;
-    return { own, table: own.table, pages: [own.queue.desc, own.page] };
+    return { own, table: own.table, pages: [own.queue.desc, own.events.desc, own.page] };
   },
   open(on, _, { own }) {
     const driver = new GuestDriver(on, own);

@@ -38,6 +38,9 @@ const faults = (machine: EmbeddedMachine) => machine.devices.reduce((sum, d) => 
 test("the DMA fault oracle catches an unpinner that does not look at COUNT", async (t) => {
   const machine = await working(t, { backendEntry: entry("broken-unpinner") });
   assert.ok(await eventually(() => faults(machine) > 0, 20_000), "no DMA fault was seen");
+  const told = () => machine.drivers!.reduce((sum, driver) => sum + driver.faults, 0);
+  assert.ok(await eventually(() => told() > 0, 5000), "the guest's driver is told of it");
+  assert.ok(told() <= faults(machine));
 });
 
 test("the same with the real unpinner: passes, and no fault", async (t) => {

@@ -147,8 +147,14 @@ export class CpuThread {
     return this.#remapped;
   }
 
+  /** The CPU that boots counts what devices report. */
+  #pollFaults(): void {
+    if (this.#data.number === 0) this.#driver?.pollFaults();
+  }
+
   /** Mappings that the workload has left. */
   #live(): number {
+    this.#pollFaults();
     const { map, unmap } = this.#on.counters;
     if (this.#data.driver !== "coiommu") return map - unmap;
     // The table is that of all CPUs.
@@ -164,6 +170,7 @@ export class CpuThread {
       const { rings } = this.#bell;
       const progress = workload.poll();
       this.#remapped?.tick(workload.finished);
+      this.#pollFaults();
       if (workload.finished) return workload.measurement;
       const now = monotonicClock.now();
       if (progress) since = now;
