@@ -30,3 +30,9 @@ export const formatBdf = (bdf: Bdf): string => {
   const hex = (n: number) => n.toString(16).padStart(2, "0");
   return `0000:${hex(bdf >> 8)}:${hex((bdf >> 3) & 31)}.${bdf & 7}`;
 };
+
+/** The frames that `length` bytes from `gpa` on lie in. */
+export const framesIn = (gpa: number, length: number): number[] => {
+  const first = gfnOf(gpa);
+  return Array.from({ length: gfnOf(gpa + length - 1) - first + 1 }, (_, i) => first + i);
+};

@@ -124,6 +124,8 @@ const LABELS: Readonly<Record<keyof WorldStatistics, string>> = {
   allPinned: "times that all was pinned for want of a driver",
   balloonReturns: "frames back from a balloon",
   framesFaulted: "frames pinned by faults",
+  faultsReported: "DMA faults reported to the guest",
+  faultsDropped: "DMA faults dropped and counted",
 };
 
 function summary(result: SimResult): string {

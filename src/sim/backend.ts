@@ -49,6 +49,8 @@ export interface BackendOptions {
   idleWord(index: number): boolean;
   /** A device asked for a frame when there was no room, or when the host failed. */
   faultMayFail(): void;
+  /** The faults of devices are about to be looked for, by `report`. */
+  reportFaults(report: () => void): void;
   harvestBegins(): void;
   harvested(slice: DirtySlice): void;
   /** Called between two pieces of work. */
@@ -173,7 +175,7 @@ export class Backend implements Actor {
       return () => {
         this.#rung = false;
         this.#answered = true;
-        this.#served.reportFaults();
+        this.#o.reportFaults(() => this.#served.reportFaults());
         this.#iommu.serveRequests((...asked) => this.#tracker.touched(...asked));
       };
     const order = this.#orders.shift();

@@ -1,4 +1,5 @@
 import { DmaFault } from "../base/errors.ts";
+import { FRAME_SIZE } from "../base/units.ts";
 import type { DmaSegment } from "../driver/dma-api.ts";
 import { GatedMemory } from "../memory/gated-memory.ts";
 import type { GuestRegion } from "../memory/guest-memory.ts";
@@ -6,7 +7,7 @@ import { DeviceGate } from "../tracking/software-iommu.ts";
 import type { Checks } from "./checks.ts";
 import { type Operation, Process } from "./process.ts";
 import { SteppedMemory, SteppedWords } from "./stepped-memory.ts";
-import { Violation } from "./turn.ts";
+import { step, Violation } from "./turn.ts";
 import type { Turns } from "./turns.ts";
 
 /** DMA that a driver has told its device to do. */
@@ -20,6 +21,8 @@ export interface Job {
   readonly mayFault?: () => boolean;
   /** No driver has mapped the buffer: the device is fault-capable. */
   readonly unmapped?: boolean;
+  /** It leads nowhere, and is to fault. */
+  readonly stray?: boolean;
   done(): void;
 }
 
@@ -40,8 +43,10 @@ export class DmaEngine {
     readonly regions: readonly GuestRegion[];
     readonly iommu: SharedArrayBuffer;
     readonly idleWord: (index: number) => boolean;
-    /** The device asks the host for a frame. */
+    /** The device asks the host for a frame, or has met a fault. */
     readonly ring: () => void;
+    /** It is about to tell of a fault at an address in its job. */
+    readonly faults: (engine: DmaEngine, address: number, job: Job) => void;
   }) {
     this.#checks = o.checks;
     this.process = new Process(`device${o.id}`, o.turns, () => this.#next());
@@ -51,7 +56,10 @@ export class DmaEngine {
         o.checks.transferred(gpa, length, writes, frames);
       },
     });
-    const gate = new DeviceGate(new SteppedWords(o.iommu, this.process, o.idleWord), o.id, o.ring);
+    const words = new SteppedWords(o.iommu, this.process, o.idleWord);
+    const gate = new WatchedGate(words, o.id, o.ring);
+    gate.watch = (address) =>
+      step(this.process, "fault", () => o.faults(this, this.#checked(address), this.#jobs[0]!));
     this.#memory = new GatedMemory(memory, gate);
   }
 
@@ -89,8 +97,28 @@ export class DmaEngine {
     };
   }
 
+  /** An address that a job faults at is its first byte, or that of a page. */
+  #checked(address: number): number {
+    const { iova, length } = this.#jobs[0]!.segments[this.#segment]!;
+    if (address === iova) return address;
+    if (address % FRAME_SIZE !== 0 || address < iova || address >= iova + length)
+      throw new Violation(
+        `a fault at 0x${address.toString(16)} in ${length} bytes at 0x${iova.toString(16)}`,
+      );
+    return address;
+  }
+
   #failed(error: unknown, faulted: (gpa: number) => void): void {
     if (error instanceof DmaFault) faulted(error.gpa);
     else throw new Violation(`a device failed: ${error}`);
+  }
+}
+
+/** Says what it faults on before the host can see it. */
+class WatchedGate extends DeviceGate {
+  watch: (address: number) => void = () => {};
+  override fault(...args: Parameters<DeviceGate["fault"]>): void {
+    this.watch(args[0]);
+    super.fault(...args);
   }
 }

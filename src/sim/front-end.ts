@@ -5,12 +5,14 @@ import type { DmaApi, PageAllocator } from "../driver/dma-api.ts";
 import type { DomainRequests } from "../driver/domain-requests.ts";
 import type { TableGeometry } from "../driver/table.ts";
 import { type DriverCpu, type DriverPlaces, GuestDriver } from "../driver/viommu.ts";
+import { VirtioPciDriver } from "../driver/virtio-pci.ts";
 import type { GuestMemory } from "../memory/guest-memory.ts";
 import type { Tracker } from "../tracking/tracker.ts";
 import { CrosvmFunction } from "../virtio/crosvm-function.ts";
 import type { Assigned, PciFunction } from "../virtio/device.ts";
 import { EVENT_QUEUE, VirtioIommu } from "../virtio/iommu.ts";
 import { VirtioPciFunction } from "../virtio/pci.ts";
+import { Config } from "../wire/virtio-iommu.ts";
 
 /** A guest driver on one CPU, whichever function it drives. */
 export interface FrontEndDriver {
@@ -19,6 +21,9 @@ export interface FrontEndDriver {
   restart?(endpoint: Bdf): void;
   /** Of a driver that knows domains. */
   readonly domains?: DomainRequests;
+  /** Take the device's fault reports: of a driver that gets some. */
+  pollFaults?(): void;
+  setBypass?(on: boolean): void;
 }
 
 /** Where a driver has put things. */
@@ -27,6 +32,7 @@ export interface Places<Own = unknown> {
   readonly table: TableGeometry;
   /** Pages in which it and the device meet, beside the table. */
   readonly pages: readonly Gpa[];
+  readonly eventBuffers: number;
 }
 
 /** The backend's side of a function. */
@@ -53,15 +59,19 @@ const virtioIommu: FrontEnd<DriverPlaces> = {
     const pci = new VirtioPciFunction(device, o.memory);
     return { pci, reportFaults: () => pci.withQueue(EVENT_QUEUE, (queue) => device.reportFaults(queue)) };
   },
-  activate(on, pages, cpus) {
-    const own = GuestDriver.activate(on, pages, cpus).places;
-    return { own, table: own.table, pages: [own.queue.desc, own.events.desc, own.page] };
+  activate(on, allocator, cpus) {
+    const own = GuestDriver.activate(on, allocator, cpus).places;
+    const pages = [own.queue.desc, own.events.desc, own.page];
+    return { own, table: own.table, pages, eventBuffers: own.events.size };
   },
   open(on, _, { own }) {
     const driver = new GuestDriver(on, own);
     return {
       dma: (endpoint, direct) => driver.dma(endpoint, direct),
       domains: driver.domains,
+      pollFaults: () => driver.pollFaults(),
+      setBypass: (bypass) =>
+        new VirtioPciDriver(on.pciFunction, own.pci).configWrite(Config.fields.bypass.at, 1, Number(bypass)),
       restart(endpoint) {
         driver.deactivate();
         driver.reactivate(endpoint);
@@ -78,7 +88,7 @@ const crosvm: FrontEnd<CrosvmPlaces> = {
   }),
   activate(on, pages, cpus) {
     const own = CrosvmDriver.activate(on, pages, cpus).places;
-    return { own, table: own.table, pages: own.lists };
+    return { own, table: own.table, pages: own.lists, eventBuffers: 0 };
   },
   open: (on, cpu, { own }) => new CrosvmDriver(on, cpu, own),
 };

@@ -1,6 +1,6 @@
 import { InvariantViolation } from "../base/errors.ts";
 import type { Random } from "../base/random.ts";
-import { FRAME_SIZE, type Gfn, type Gpa, gfnOf, gpaOf, type Iova, milliseconds } from "../base/units.ts";
+import { FRAME_SIZE, framesIn, type Gfn, type Gpa, gpaOf, type Iova, milliseconds } from "../base/units.ts";
 import { DRIVER_COUNTERS, type DriverCounters } from "../driver/counters.ts";
 import { DirectDma } from "../driver/dma.ts";
 import {
@@ -20,9 +20,11 @@ import type { Balloon } from "./balloon.ts";
 import type { DmaEngine, Job } from "./dma-engine.ts";
 import type { FrontEndDriver, Places } from "./front-end.ts";
 import type { Guest } from "./guest.ts";
+import type { Mapping } from "./mapping.ts";
 import { type Operation, Process } from "./process.ts";
 import type { RemappedDevice } from "./remapped-device.ts";
 import { SteppedMemory } from "./stepped-memory.ts";
+import { StrayDma } from "./stray-dma.ts";
 import { step, Violation } from "./turn.ts";
 import type { Twin } from "./world.ts";
 
@@ -33,17 +35,6 @@ const DOMAIN = 7;
 const DIRECTIONS: readonly DmaDirection[] = ["bidirectional", "to-device", "from-device"];
 
 type Ballooned = "no" | "in" | "wanted";
-
-interface Mapping {
-  readonly segments: readonly DmaSegment[];
-  readonly frames: readonly number[];
-  readonly direction: DmaDirection;
-  /** Whose it is alone; any device's otherwise. */
-  readonly device: RemappedDevice | undefined;
-  /** DMA under way in it. */
-  jobs: number;
-  readonly release: () => void;
-}
 
 /** A guest CPU: runs the production driver in a program of random mappings, DMA, and unmappings. */
 export class GuestCpu {
@@ -65,6 +56,7 @@ export class GuestCpu {
   #mappings: Mapping[] = [];
   /** A frame that only this CPU uses, and where it is. */
   readonly #own: Gfn;
+  readonly #strays: StrayDma;
   #ballooned: Ballooned = "no";
   /** It has been mapped since it was there: else it is not worth being given away. */
   #ownUsed = false;
@@ -97,13 +89,16 @@ export class GuestCpu {
       cpu: { waitFor: (done, timeout) => this.process.waitFor(done, timeout) },
       counters: this.counters,
       knowsPinDirty: guest.parts.pinDirty,
+      faulted: (report) => step(this.process, "told", () => guest.parts.faults.told(report)),
       ...twin.driver,
     };
+    this.#strays = new StrayDma(guest, random, () => this.#driver);
     this.#makeRemapped = twin.remappedDma ?? ((options) => new RemappedDma(options));
   }
 
   get atRest(): boolean {
-    return !this.process.busy && this.#mappings.length === 0 && this.#lazy.size === 0;
+    const left = this.#mappings.length > 0 || this.#lazy.size > 0;
+    return !this.process.busy && !left && (this.#id > 0 || this.#strays.atRest);
   }
 
   /** The machine is reset: begin anew. */
@@ -133,11 +128,16 @@ export class GuestCpu {
     if (this.#id === 0 && needsRestart) return this.#restart();
     // A hostile guest unmaps under the device's hands.
     const idle = this.#mappings.filter((m) => m.jobs === 0 || this.#guest.parts.hostile);
-    if (draining)
-      return idle.length > 0 ? this.#unmap(idle[0]!) : this.#lazy.size > 0 ? this.#tick(true) : undefined;
+    if (draining) {
+      if (idle.length > 0) return this.#unmap(idle[0]!);
+      if (this.#lazy.size > 0) return this.#tick(true);
+      return this.#id === 0 ? this.#strays.last() : undefined;
+    }
     if (parts.restarts && this.#id === 0 && this.#random(60) === 0) return this.#restart();
     if (this.#remapped && this.#random(20) === 0) return this.#tick(false);
     if (this.#id === 0 && this.#canMove && this.#random(3) === 0) return this.#move();
+    const strays = this.#id === 0 ? this.#strays.next() : undefined;
+    if (strays) return strays;
     const moved = parts.balloon && this.#useBalloon(parts.balloon);
     if (moved) return moved;
     if (parts.faultCapable?.atRest && this.#random(2) === 0) this.#touch(parts.faultCapable);
@@ -443,8 +443,3 @@ export class GuestCpu {
     };
   }
 }
-
-const framesIn = (gpa: number, length: number): number[] => {
-  const first = gfnOf(gpa);
-  return Array.from({ length: gfnOf(gpa + length - 1) - first + 1 }, (_, i) => first + i);
-};

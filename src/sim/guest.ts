@@ -4,6 +4,7 @@ import type { Balloon } from "./balloon.ts";
 import type { Bus } from "./bus.ts";
 import type { Checks } from "./checks.ts";
 import type { DmaEngine } from "./dma-engine.ts";
+import type { FaultChecks, LiveEventQueue } from "./fault-checks.ts";
 import type { FrontEnd, Places } from "./front-end.ts";
 import type { RemappedDevice } from "./remapped-device.ts";
 import type { Turns } from "./turns.ts";
@@ -41,6 +42,7 @@ export interface GuestParts {
   readonly turns: Turns;
   readonly bus: Bus;
   readonly checks: Checks;
+  readonly faults: FaultChecks;
   readonly frontEnd: FrontEnd;
   readonly endpoint: Bdf;
   /** A device that moves between the table and a domain. */
@@ -54,6 +56,8 @@ export interface GuestParts {
   /** If there is one, each CPU has a frame of its own, after the buffers, that it puts there at times. */
   readonly balloon: Balloon | undefined;
   readonly hostile: boolean;
+  /** Of its settings. */
+  readonly strays: number;
   /** Its driver negotiates PIN_DIRTY. */
   readonly pinDirty: boolean;
   /** The driver turns PIN off and on again at times. */
@@ -75,6 +79,8 @@ export class Guest {
   /** PIN is off. */
   readonly pinOff = new Disturbance();
   driverRestarts = 0;
+  /** What is in no domain is in bypass. */
+  bypass = true;
   /** No new mappings: unmap what there is, and stop. */
   draining = false;
   readonly parts: GuestParts;
@@ -89,6 +95,12 @@ export class Guest {
     this.needsRestart = false;
     this.deviceLost.end();
     this.pinOff.end();
+  }
+
+  /** Of a driver that is active; `resets`: those that it did not make. */
+  eventQueue(resets: number): LiveEventQueue | undefined {
+    if (!this.places || this.needsRestart) return undefined;
+    return { generation: this.driverRestarts + resets, buffers: this.places.eventBuffers };
   }
 
   /** The upper levels of a table that is in use: an honest driver changes none of it, and remembers what it found. */

@@ -43,6 +43,8 @@ export interface Settings {
   readonly balloon: boolean;
   /** One more device, which may fault on what no driver has mapped. */
   readonly faultCapable: boolean;
+  /** Devices access what they must not; one in so many chances the driver reads the reports. 0: neither. */
+  readonly strays: number;
 }
 
 export function settingsOf(seed: number): Settings {
@@ -71,6 +73,7 @@ export function settingsOf(seed: number): Settings {
     remapping: "none",
     balloon: random(seed ^ 0xba11_0000)(3) === 0,
     faultCapable: random(seed ^ 0x0fa1_7ed0)(2) === 0,
+    strays: [0, 4, 60][random(seed ^ 0x57ea_7000)(3)]!,
   };
   // Who takes over from a backend that died in a machine reset cannot tell what was discarded before: ADR 4, 36.
   if (settings.machineResets > 0 && settings.backendDies > 0) settings.balloon = false;

@@ -17,12 +17,14 @@ import { Checks } from "./checks.ts";
 import { DmaEngine } from "./dma-engine.ts";
 import { DriverArrival } from "./driver-arrival.ts";
 import { type FakeHost, HOST_BASE } from "./fake-host.ts";
+import { FaultChecks } from "./fault-checks.ts";
 import { FRONT_ENDS } from "./front-end.ts";
 import { Guest } from "./guest.ts";
 import { GuestCpu } from "./guest-cpu.ts";
 import { RemappedDevice } from "./remapped-device.ts";
 import { Saboteur } from "./saboteur.ts";
 import { type Settings, settingsOf } from "./settings.ts";
+import { kindOf } from "./stray-dma.ts";
 import { Violation } from "./turn.ts";
 import { type Schedule, Turns } from "./turns.ts";
 
@@ -56,6 +58,8 @@ export interface WorldStatistics {
   readonly allPinned: number;
   readonly balloonReturns: number;
   readonly framesFaulted: number;
+  readonly faultsReported: number;
+  readonly faultsDropped: number;
 }
 
 /** RAM in two pieces: one reaches into firmware's window below 1 MiB, one across the end of a leaf of the table. */
@@ -67,8 +71,7 @@ const BUFFERS_FIRST = 1022;
 const BOOT_POOL = { first: 256, frames: 24 };
 const CPU_POOL = 4;
 export const ENDPOINT = 0x20 as Bdf;
-/** The second device's, where it has one of its own. */
-const OTHER_ENDPOINT = 0x28 as Bdf;
+const endpointOf = (device: number): Bdf => (ENDPOINT + 8 * device) as Bdf;
 /** The time that a step takes, in ns. */
 const STEP_TIME = 2000;
 /** Turns without a step: looks of those who wait, and passes that find nothing to try. */
@@ -96,6 +99,7 @@ export class World {
   readonly turns: Turns;
   readonly host: FakeHost;
   readonly checks: Checks;
+  readonly #faults: FaultChecks;
   readonly #random: Random;
   readonly #memory: GuestMemory;
   readonly #iommu: SharedArrayBuffer;
@@ -143,6 +147,7 @@ export class World {
       hostile: settings.hostile,
     });
     const { turns, checks } = this;
+    this.#faults = this.#faultChecks();
     this.#engines = Array.from(
       { length: this.#devices },
       (_, id) =>
@@ -154,6 +159,8 @@ export class World {
           iommu: this.#iommu,
           idleWord: this.#idleWord,
           ring: () => this.#backend.ring(),
+          faults: (engine, address, job) =>
+            this.#faults.met({ device: id, address, ...kindOf(this.#guest, engine, job) }),
         }),
     );
     this.#guest = this.#makeGuest();
@@ -205,6 +212,8 @@ export class World {
       allPinned: this.#arrival.timesPinned,
       balloonReturns: this.#balloon.returns,
       framesFaulted: this.#counters.framesFaulted,
+      faultsReported: this.#counters.faultsReported,
+      faultsDropped: this.#counters.faultsDropped,
     };
   }
 
@@ -216,6 +225,7 @@ export class World {
         turns,
         bus: this.#bus,
         checks,
+        faults: this.#faults,
         frontEnd: FRONT_ENDS[settings.frontEnd],
         endpoint: ENDPOINT,
         remapped: settings.remapping === "none" ? undefined : this.#remappedDevice(),
@@ -227,6 +237,7 @@ export class World {
         cpus: settings.cpus,
         balloon: settings.balloon ? this.#balloon : undefined,
         hostile: settings.hostile,
+        strays: settings.strays,
         pinDirty: settings.pinDirty,
         restarts: settings.driverRestarts,
         mayBoot: () => this.#arrival.mayBoot(this.#guest),
@@ -235,10 +246,19 @@ export class World {
     });
   }
 
+  #faultChecks(): FaultChecks {
+    return new FaultChecks({
+      counters: this.#counters,
+      endpoint: endpointOf,
+      queue: () => this.#guest.eventQueue(this.#backendDeaths + this.#machineResets),
+      hostile: this.settings.hostile,
+    });
+  }
+
   #remappedDevice(): RemappedDevice {
     const gate = new DeviceGate(this.#iommu, 1, () => {});
     return new RemappedDevice({
-      endpoint: OTHER_ENDPOINT,
+      endpoint: endpointOf(1),
       engine: this.#engines[1]!,
       lazy: this.settings.remapping === "lazy",
       hostile: this.settings.hostile,
@@ -272,14 +292,7 @@ export class World {
         mastering: () => settings.activationTimeout < Number.POSITIVE_INFINITY,
         quiet: () => false,
       },
-      assigned: new Map(
-        settings.remapping === "none"
-          ? [[ENDPOINT, 0]]
-          : [
-              [ENDPOINT, 0],
-              [OTHER_ENDPOINT, 1],
-            ],
-      ),
+      assigned: new Map(Array.from({ length: this.#devices }, (_, id) => [endpointOf(id), id])),
       faultCapable: settings.faultCapable ? [settings.devices] : [],
       faultMayFail: () => this.checks.faultMayFail(),
       passInterval: milliseconds(settings.interval),
@@ -307,8 +320,10 @@ export class World {
         this.#balloon.backendDied();
         this.#guest.needsRestart = true;
         this.#guest.deviceLost.begin();
+        this.#faults.backendDied();
         this.checks.copiedAll();
       },
+      reportFaults: (report) => this.#faults.serving(report),
       harvestBegins: () => this.checks.harvestBegins(),
       harvested: (slice) => this.checks.harvested(slice),
       between: () => this.#betweenJobs(),
@@ -396,6 +411,7 @@ export class World {
     this.#bus.pending.length = 0;
     for (const { bytes } of this.#memory.regions) bytes.fill(0);
     this.checks.forgetMappings();
+    this.#faults.forget();
     this.#balloon.reset();
     this.#backend.resetMachine();
     this.#arrival.powerOn();
@@ -419,6 +435,7 @@ export class World {
     )
       return false;
     this.checks.atRest();
+    this.#faults.atRest();
     return true;
   }
 }

@@ -12,6 +12,7 @@ import { SoftwareIommu } from "../../src/tracking/software-iommu.ts";
 import type { TrackingCounters } from "../../src/tracking/tracker.ts";
 import { TU_COUNT, TU_DIRTY, TU_PINNED, TU_WRITABLE } from "../../src/wire/dtt.ts";
 import { domainTwins } from "./twins-of-domains.ts";
+import { faultTwins } from "./twins-of-faults.ts";
 
 /** A protocol broken in one place, and what a checker says of it. */
 export interface BrokenTwin {
@@ -384,6 +385,7 @@ export const twins: Readonly<Record<string, BrokenTwin>> = {
     found: /are idle and stay pinned/,
   },
   ...domainTwins,
+  ...faultTwins,
   "a guest without a driver that is not pinned": {
     twin: { backend: { makeTracker: (...args) => new PatientTracker(...args) } },
     found: /no driver was there in time/,
