@@ -111,7 +111,7 @@ test("a store of the guest lands in its RAM; one beside it is dropped", () => {
   assert.equal(memory.load16(0x2010), 0xbbaa);
 });
 
-test("start negotiates, and enables the request queue where the driver keeps it", () => {
+test("start negotiates, and enables both queues where the driver keeps them", () => {
   const { all, log } = pipe([["start", 0]]);
   all();
   assert.deepEqual(log, [
@@ -126,6 +126,12 @@ test("start negotiates, and enables the request queue where the driver keeps it"
     `barWrite 32 8 ${PIPE_DRIVER.queue}`,
     `barWrite 40 8 ${PIPE_DRIVER.queue + 1024}`,
     `barWrite 48 8 ${PIPE_DRIVER.queue + 1024 + 132}`,
+    "barWrite 28 2 1",
+    "barWrite 22 2 1",
+    "barWrite 24 2 16",
+    `barWrite 32 8 ${PIPE_DRIVER.eventQueue}`,
+    `barWrite 40 8 ${PIPE_DRIVER.eventQueue + 256}`,
+    `barWrite 48 8 ${PIPE_DRIVER.eventQueue + 256 + 36}`,
     "barWrite 28 2 1",
     "barWrite 20 1 15",
   ]);

@@ -23,6 +23,7 @@ import {
 } from "../wire/pipe.ts";
 import {
   Config,
+  Fault,
   PIN_CONTROL_ON,
   PinRange,
   ReqPin,
@@ -41,11 +42,15 @@ export const PIPE_DRIVER = {
   bitmap: 0x6000,
   /** The root of its table; the table's other pages follow. */
   table: 0x8000,
+  eventQueue: 0xb000,
+  events: 0xc000,
 } as const;
 const SLOT = 256;
 /** As many as the request queue can hold at three descriptors each. */
 const REQUESTS_MAX = 20;
 const QUEUE_SIZE = 64;
+/** Event buffers, which the driver gives when it starts, and not again. */
+export const PIPE_EVENTS = 16;
 
 const BAR = { common: 0, device: 0x2000, notify: 0x3000 };
 const bit = (n: number) => 1n << BigInt(n);
@@ -84,6 +89,8 @@ export interface Served {
   readonly sent: readonly number[];
   readonly kicked: boolean;
   readonly answers: readonly { readonly head: number; readonly written: number }[];
+  /** What the device has written into event buffers. */
+  readonly events: readonly Uint8Array[];
 }
 
 /**
@@ -93,10 +100,13 @@ export interface Served {
 export class PipeServer {
   readonly #p: PipePorts;
   #driver: DriverQueue | undefined;
+  #events: DriverQueue | undefined;
   #sent: number[] = [];
   #kicked = false;
   /** Heads of the requests that the driver waits for. */
   readonly #waiting = new Set<number>();
+  /** By their heads. */
+  readonly #eventBuffers = new Map<number, Gpa>();
   #requests = 0;
 
   constructor(ports: PipePorts) {
@@ -116,7 +126,14 @@ export class PipeServer {
     this.#sent = [];
     this.#kicked = false;
     (this.#serve[opcode] as (operands: object, tail: Uint8Array) => void)(operands, tail);
-    return { opcode, operands, sent: this.#sent, kicked: this.#kicked, answers: this.#answers() };
+    return {
+      opcode,
+      operands,
+      sent: this.#sent,
+      kicked: this.#kicked,
+      answers: this.#answers(),
+      events: this.#takeEvents(),
+    };
   }
 
   readonly #serve: { readonly [K in PipeOpcode]: (o: PipeOperands<K>, tail: Uint8Array) => void } = {
@@ -164,9 +181,6 @@ export class PipeServer {
     ]
       .filter((_, i) => (without & (1 << i)) === 0)
       .reduce((mask, n) => mask | bit(n), 0n);
-    const layout = layoutAt(PIPE_DRIVER.queue, QUEUE_SIZE);
-    this.#guest(() => this.#p.memory.write(layout.desc, new Uint8Array(layout.bytes)));
-    this.#driver = new DriverQueue(this.#p.memory, layout);
     this.#waiting.clear();
     let status = VIRTIO_STATUS_ACKNOWLEDGE | VIRTIO_STATUS_DRIVER;
     this.#common("deviceStatus", 0n);
@@ -176,13 +190,46 @@ export class PipeServer {
     }
     status |= VIRTIO_STATUS_FEATURES_OK;
     this.#common("deviceStatus", BigInt(status));
-    this.#common("queueSelect", 0n);
-    this.#common("queueSize", BigInt(QUEUE_SIZE));
+    this.#driver = this.#setUpQueue(0, PIPE_DRIVER.queue, QUEUE_SIZE);
+    const events = this.#setUpQueue(1, PIPE_DRIVER.eventQueue, PIPE_EVENTS);
+    this.#events = events;
+    this.#eventBuffers.clear();
+    this.#guest(() => {
+      for (let i = 0; i < PIPE_EVENTS; i++) {
+        const gpa = (PIPE_DRIVER.events + i * Fault.size) as Gpa;
+        this.#eventBuffers.set(events.add([], [{ gpa, length: Fault.size }]), gpa);
+      }
+    });
+    this.#common("deviceStatus", BigInt(status | VIRTIO_STATUS_DRIVER_OK));
+  }
+
+  #setUpQueue(index: number, gpa: number, size: number): DriverQueue {
+    const layout = layoutAt(gpa, size);
+    this.#guest(() => this.#p.memory.write(layout.desc, new Uint8Array(layout.bytes)));
+    this.#common("queueSelect", BigInt(index));
+    this.#common("queueSize", BigInt(size));
     this.#common("queueDesc", BigInt(layout.desc));
     this.#common("queueDriver", BigInt(layout.driver));
     this.#common("queueDevice", BigInt(layout.device));
     this.#common("queueEnable", 1n);
-    this.#common("deviceStatus", BigInt(status | VIRTIO_STATUS_DRIVER_OK));
+    return new DriverQueue(this.#p.memory, layout);
+  }
+
+  /** Reports in buffers that the driver has given; a ring that it has spoilt may name others, and without end. */
+  #takeEvents(): Uint8Array[] {
+    const events: Uint8Array[] = [];
+    this.#guest(() => {
+      for (let n = 0; n < PIPE_EVENTS; n++) {
+        const used = this.#events?.poll();
+        if (!used) return;
+        const gpa = this.#eventBuffers.get(used.head);
+        if (gpa === undefined) continue;
+        const event = new Uint8Array(Math.min(used.written, Fault.size));
+        this.#p.memory.read(gpa, event);
+        events.push(event);
+      }
+    });
+    return events;
   }
 
   /** `levels` 0: those of the table that is built. */

@@ -15,11 +15,18 @@ import {
   SoftwareIommu,
 } from "../../src/tracking/software-iommu.ts";
 import { TRACKING_COUNTERS, Tracker, type TrackerOptions } from "../../src/tracking/tracker.ts";
-import { PIPE_DRIVER, PIPE_ENDPOINT, PipeServer, type Served } from "../../src/transport/pipe.ts";
-import { VirtioIommu } from "../../src/virtio/iommu.ts";
+import {
+  PIPE_DRIVER,
+  PIPE_ENDPOINT,
+  PIPE_EVENTS,
+  PipeServer,
+  type Served,
+} from "../../src/transport/pipe.ts";
+import { EVENT_QUEUE, VirtioIommu } from "../../src/virtio/iommu.ts";
 import { VirtioPciFunction } from "../../src/virtio/pci.ts";
 import { ENTRY_PRESENT, TU_ACCESSED, TU_COUNT, TU_PINNED } from "../../src/wire/dtt.ts";
 import { VIRTIO_STATUS_DRIVER_OK, VirtioPciCommonCfg } from "../../src/wire/pci.ts";
+import { Fault } from "../../src/wire/virtio-iommu.ts";
 import { FakeClock } from "../support/clock.ts";
 import { HOST_BASE, ramRegion, store64 } from "../support/guest.ts";
 import { FakePinner } from "../support/pinner.ts";
@@ -71,6 +78,7 @@ class FuzzedDevice {
   /** A device that is not assigned, so that it is in bypass whatever the guest asks for. */
   readonly #oracle: DeviceGate;
   readonly #tracker: Tracker;
+  readonly #device: VirtioIommu;
   readonly #function: VirtioPciFunction;
   readonly #pipe: PipeServer;
   /** What each block of RAM is backed by; undefined: it is not there. */
@@ -86,6 +94,9 @@ class FuzzedDevice {
   #tableGiven = false;
   /** Heads that the device has to answer, in order. */
   #waiting: number[] = [];
+  /** Where a device has just met a DMA fault, and how many event buffers the driver has left. */
+  #faulted: number | undefined;
+  #eventBuffers = 0;
 
   constructor(input: Uint8Array, parts: DeviceParts) {
     this.#memory = this.#countedMemory(parts.memory ?? GuestMemory);
@@ -107,14 +118,14 @@ class FuzzedDevice {
       beforeActivation: (input[0] ?? 0) & 1 ? "none" : "bios",
       ...parts.tracker,
     });
-    const device = new VirtioIommu({
+    this.#device = new VirtioIommu({
       memory: this.#memory,
       tracker: this.#tracker,
       assigned: new Map([[PIPE_ENDPOINT as Bdf, 0]]),
       pinPage: true,
       hostError: () => {},
     });
-    this.#function = new VirtioPciFunction(device, this.#memory);
+    this.#function = new VirtioPciFunction(this.#device, this.#memory);
     this.#pipe = new PipeServer({
       read: reader(input.subarray(1)),
       function: this.#function,
@@ -127,6 +138,7 @@ class FuzzedDevice {
 
   serve(): Served | undefined {
     this.#steps = 0;
+    this.#faulted = undefined;
     return this.#pipe.serve();
   }
 
@@ -213,7 +225,10 @@ class FuzzedDevice {
         this.#refused = true;
       },
       touch: (gfn: number) => {
-        if (!this.#gate.allows(gfn as Gfn)) this.#gate.request(gfn as Gfn);
+        if (this.#gate.allows(gfn as Gfn) || this.#gate.request(gfn as Gfn)) return;
+        this.#gate.fault(gpaOf(gfn as Gfn), "read");
+        this.#faulted = gpaOf(gfn as Gfn);
+        this.#function.withQueue(EVENT_QUEUE, (queue) => this.#device.reportFaults(queue));
       },
     };
   }
@@ -242,6 +257,7 @@ class FuzzedDevice {
   check(served: Served): void {
     this.#checkPins();
     this.#checkAnswers(served);
+    this.#checkEvents(served);
     if (!this.#spoilt && this.#tracker.active) this.#checkTable();
   }
 
@@ -275,13 +291,32 @@ class FuzzedDevice {
     if (opcode === "start" || opcode === "machineReset") this.#waiting = [];
     if (this.#spoilt) return;
     this.#waiting.push(...sent);
-    const running = this.#function.barRead(VirtioPciCommonCfg.fields.deviceStatus.at, 1) === RUNNING;
-    const expected = kicked && running ? this.#waiting.splice(0) : [];
+    const expected = kicked && this.#running ? this.#waiting.splice(0) : [];
     const heads = answers.map((a) => a.head);
     check(heads.join() === expected.join(), `requests ${expected} were answered as ${heads}`);
     if (opcode === "pin" || opcode === "map")
       for (const { written } of answers.slice(-sent.length))
         check(written === 4, "a PIN request has no status");
+  }
+
+  /** A device that faults is reported, once, while the driver has buffers. */
+  #checkEvents({ opcode, events }: Served): void {
+    if (opcode === "start") this.#eventBuffers = PIPE_EVENTS;
+    if (this.#spoilt) return;
+    const told = this.#faulted !== undefined && this.#eventBuffers > 0 && this.#running;
+    if (told) this.#eventBuffers--;
+    const expected = Fault.encode({ flags: 0x101, endpoint: PIPE_ENDPOINT, address: this.#faulted ?? 0 });
+    check(events.length === (told ? 1 : 0), `${events.length} faults are reported`);
+    // The reason is what the device's addresses mean; they mean other things with bypass 0.
+    for (const event of events)
+      check(
+        Buffer.compare(event.subarray(4), expected.subarray(4)) === 0,
+        "a fault is reported that was not",
+      );
+  }
+
+  get #running(): boolean {
+    return this.#function.barRead(VirtioPciCommonCfg.fields.deviceStatus.at, 1) === RUNNING;
   }
 
   /** What the protocol is for: a driver that sees P may let a device at the frame. */
@@ -300,7 +335,7 @@ const RUNNING = BigInt(VIRTIO_STATUS_DRIVER_OK | 1 | 2 | 8);
 
 /** Whether the guest's own ring or table may be anything after this record. */
 function spoils({ opcode, operands }: Served): boolean {
-  if (opcode === "write") return Number(operands.gpa) < PIPE_DRIVER.table + (1 + LEAVES) * FRAME_SIZE;
+  if (opcode === "write") return Number(operands.gpa) < PIPE_DRIVER.events + FRAME_SIZE;
   if (opcode === "pinOn") return operands.levels !== 0 && operands.levels !== 2;
   return ["barWrite", "describe", "offer"].includes(opcode);
 }

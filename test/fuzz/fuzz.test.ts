@@ -2,7 +2,9 @@ import assert from "node:assert/strict";
 import test from "node:test";
 import { FRAME_SIZE, type Gfn } from "../../src/base/units.ts";
 import { GuestMemory } from "../../src/memory/guest-memory.ts";
+import type { TrackingCounters } from "../../src/tracking/counters.ts";
 import { DmaTrackingTable, type Unit } from "../../src/tracking/dtt.ts";
+import type { FaultLog } from "../../src/tracking/faults.ts";
 import { SoftwareIommu } from "../../src/tracking/software-iommu.ts";
 import { HOST_BASE } from "../support/guest.ts";
 import { corpusOf } from "./corpus.ts";
@@ -44,6 +46,15 @@ class NeverRevokes extends SoftwareIommu {
   override revoke(_gfn: Gfn): void {}
 }
 
+class RepeatsFaults extends SoftwareIommu {
+  override faultLog(counters: TrackingCounters): FaultLog {
+    const log = super.faultLog(counters);
+    const { serve } = log;
+    log.serve = (report) => serve.call(log, (fault) => report(fault) && report(fault));
+    return log;
+  }
+}
+
 class KeepsP extends DmaTrackingTable {
   override claimForUnpin(unit: Unit): ReturnType<DmaTrackingTable["claimForUnpin"]> {
     const outcome = super.claimForUnpin(unit);
@@ -70,6 +81,7 @@ const twins: [what: string, target: Target, message: RegExp][] = [
     device({ tracker: { openTable: (...a) => new KeepsP(...a) } }),
     /has P/,
   ],
+  ["a device that reports a fault twice", device({ iommu: RepeatsFaults }), /2 faults are reported/],
   ["an mpqemu server that closes one fd of a message", mpqemuTarget(true), /an fd is left open/],
   ["a vhost-user session that keeps its fds", vhostUserTarget(true), /an fd is left open/],
 ];
