@@ -22,7 +22,7 @@ for (const target of targets)
   test(`${target.name}: nothing is wrong with the corpus, nor with what ${SECONDS} s make of it`, async () => {
     const corpus = corpusOf(target.name);
     const safe = await watched(target);
-    const { finding, inputs } = fuzz(safe, { seconds: SECONDS, seed, corpus });
+    const { finding, inputs } = fuzz(safe, { limit: { seconds: SECONDS }, seed, corpus });
     safe.close();
     const hex = Buffer.from(finding?.input ?? []).toString("hex");
     assert.equal(finding, undefined, `seed ${seed}: ${hex}: ${finding?.error.stack}`);
@@ -86,8 +86,9 @@ const twins: [what: string, target: Target, message: RegExp][] = [
   ["a vhost-user session that keeps its fds", vhostUserTarget(true), /an fd is left open/],
 ];
 for (const [what, target, message] of twins)
-  test(`broken twin: ${what} is found from nothing, and the input made small`, () => {
-    const { finding, inputs } = fuzz(target, { seconds: 30, seed: 1, corpus: [] });
+  test(`broken twin: ${what} is found from nothing, and the input made small`, (t) => {
+    const { finding, inputs } = fuzz(target, { limit: { inputs: 20_000 }, seed: 1, corpus: [] });
+    t.diagnostic(`${inputs} inputs`);
     assert.ok(finding, `not found in ${inputs} inputs`);
     assert.match(finding.error.message, message);
     assert.ok(finding.input.length < 80, `${finding.input.length} bytes`);

@@ -27,7 +27,8 @@ export interface Finding {
 }
 
 export interface FuzzOptions {
-  readonly seconds: number;
+  /** How long: a time, or a number of inputs, which is the same on a machine that is busy. */
+  readonly limit: { readonly seconds: number } | { readonly inputs: number };
   readonly seed: number;
   /** Inputs to begin with. */
   readonly corpus: readonly Uint8Array[];
@@ -183,7 +184,7 @@ class Mutator {
 /** Inputs between two looks at the coverage: a look costs as much as a few inputs. */
 const BATCH = 32;
 
-export function fuzz(target: Target, { seconds, seed, corpus, onFresh }: FuzzOptions): FuzzResult {
+export function fuzz(target: Target, { limit, seed, corpus, onFresh }: FuzzOptions): FuzzResult {
   takeCoverage(); // what ran before is no input's doing
   const mutator = new Mutator(target, random(seed));
   const seen = new Set<string>();
@@ -214,8 +215,10 @@ export function fuzz(target: Target, { seconds, seed, corpus, onFresh }: FuzzOpt
   };
 
   let over = corpus.some((input) => explore([input]));
-  for (const end = performance.now() + 1000 * seconds; !over && performance.now() < end; )
-    over = explore(Array.from({ length: BATCH }, () => mutator.from(pool)));
+  const began = performance.now();
+  const goesOn = () =>
+    "inputs" in limit ? inputs < limit.inputs : performance.now() < began + 1000 * limit.seconds;
+  while (!over && goesOn()) over = explore(Array.from({ length: BATCH }, () => mutator.from(pool)));
   return { inputs, blocks: seen.size, pool: pool.length, finding };
 }
 

@@ -37,7 +37,7 @@ async function fuzzOne(target: Target, seconds: number, seed: number): Promise<v
     if (!known.has(input)) grown.push([input, fresh]);
   };
   const watchedTarget = await watched(target);
-  const { inputs, blocks, finding } = fuzz(watchedTarget, { seconds, seed, corpus, onFresh });
+  const { inputs, blocks, finding } = fuzz(watchedTarget, { limit: { seconds }, seed, corpus, onFresh });
   watchedTarget.close();
   console.log(`${target.name}: ${inputs} inputs, ${blocks} blocks of src/ reached, seed ${seed}`);
   if (values.grow && !finding) for (const found of grown) console.log(`  ${save(target, ...found)}`);
