@@ -60,6 +60,7 @@ const ROWS: readonly Row[] = [
     of: (r) => r.kernel.pinnedPagesPeak,
     show: mib,
   },
+  { label: "pinned and never transferred, MiB", of: (r) => r.pins.framesNeverTransferred, show: mib },
   { label: "DMA mappings", of: (r) => r.maps.map },
   { label: "pin requests (exits)", of: (r) => r.pins.requests },
   {

@@ -49,6 +49,7 @@ export class Attachment implements LiveMachine {
   readonly version: string;
   readonly ram: GuestRam;
   readonly pins: TrackingCounters;
+  readonly iommuTable: SharedArrayBuffer;
   /** Of the disks of the options, in their order. */
   readonly diskIds: string[] = [];
   /** Of all disks of ours, those that have gone too. */
@@ -90,6 +91,7 @@ export class Attachment implements LiveMachine {
     this.pins = this.#parts.pins;
     this.disks = new PluggedDisks(qmp, this.#parts, options.onWarning);
     this.devices = this.disks.counters;
+    this.iommuTable = this.#parts.iommuTable;
     this.failed = this.#parts.failed.promise;
     this.ended = Promise.race([
       this.#iommuGone.promise.then(() => "detached" as const),

@@ -40,6 +40,7 @@ export class EmbeddedMachine implements Machine {
   readonly host = describeHost(null, null);
   readonly started: Started;
   readonly pins: TrackingCounters;
+  readonly iommuTable: SharedArrayBuffer;
   readonly devices: readonly DeviceCounters[];
   readonly assigned: readonly AssignedDevice[];
   readonly disks = null;
@@ -63,6 +64,7 @@ export class EmbeddedMachine implements Machine {
     this.#loads = loads;
     this.started = started;
     this.pins = threads.pins;
+    this.iommuTable = threads.iommu;
     this.devices = threads.deviceCounters;
     this.assigned = planDevices(options).map(({ endpoint }, i) => ({
       ...{ bdf: endpoint, counters: this.devices[i]! },
@@ -157,7 +159,7 @@ class Threads {
   readonly #options: EmbeddedOptions;
   readonly #plan: readonly DevicePlan[];
   readonly ram: OwnedRam;
-  readonly #iommu: SharedArrayBuffer;
+  readonly iommu: SharedArrayBuffer;
   readonly #mailbox: SharedArrayBuffer;
   readonly #backendBell = Bell.buffer();
   readonly #cpuBells: readonly SharedArrayBuffer[];
@@ -169,7 +171,7 @@ class Threads {
     this.driver = hasDriver(options.strategy) ? options.strategy : null;
     this.#plan = planDevices(options);
     this.ram = new OwnedRam(options.memoryMiB, options.pinner !== "software");
-    this.#iommu = createIommuBuffer((options.memoryMiB * 2 ** 20) / FRAME_SIZE);
+    this.iommu = createIommuBuffer((options.memoryMiB * 2 ** 20) / FRAME_SIZE);
     this.#mailbox = mailboxBuffer(options.cpus);
     this.#cpuBells = Array.from({ length: options.cpus }, () => Bell.buffer());
     this.#links = this.#plan.map(({ endpoint }) => ({
@@ -211,7 +213,7 @@ class Threads {
     const { strategy, policy, interval, quota, pinner, faultCapable = false, backendEntry } = this.#options;
     const { beforeActivation, activationTimeout } = this.#options;
     const data = {
-      ...{ ram: this.ram.ram, iommu: this.#iommu, mailbox: this.#mailbox, bell: this.#backendBell },
+      ...{ ram: this.ram.ram, iommu: this.iommu, mailbox: this.#mailbox, bell: this.#backendBell },
       ...{
         counters: pins,
         assigned: this.#plan.map(({ endpoint: bdf }, gate) => ({ bdf, gate, faultCapable })),
@@ -227,7 +229,7 @@ class Threads {
     const { kind, cpus } = this.#plan[number]!;
     const { bell, doorbells } = this.#links[number]!;
     const data = {
-      ...{ kind, number, ram: this.ram.ram, iommu: this.#iommu, counters: ofDevice, bell, doorbells },
+      ...{ kind, number, ram: this.ram.ram, iommu: this.iommu, counters: ofDevice, bell, doorbells },
       ...{ backendBell: this.#backendBell, interrupts: cpus.map((cpu) => this.#cpuBells[cpu]!) },
       store: this.#options.disk,
     } satisfies DeviceData;

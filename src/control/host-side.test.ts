@@ -13,7 +13,9 @@ import { counters, countersBuffer } from "../memory/counters.ts";
 import { createIommuBuffer, DeviceGate } from "../tracking/software-iommu.ts";
 import { TRACKING_COUNTERS } from "../tracking/tracker.ts";
 import { VIRTIO_IOMMU_S_NOENT } from "../wire/virtio-iommu.ts";
+import { claimsOf } from "./claims.ts";
 import { HostSide } from "./host-side.ts";
+import type { Strategy } from "./strategy.ts";
 
 const FIRST = 0x20 as Bdf;
 const SECOND = 0x28 as Bdf;
@@ -45,6 +47,7 @@ function guest() {
     driver,
     pages,
     pins: counters(TRACKING_COUNTERS, shared),
+    iommuTable: iommu,
     gate: new DeviceGate(iommu, GATE, () => host.serveDevices()),
   };
 }
@@ -104,4 +107,27 @@ test("a device whose thread dies inside a DMA window keeps nothing of the others
 
 test("that check fails when nobody closes the window", () => {
   assert.equal(unpinnedAfterDeath(false), 0);
+});
+
+test("what is never transferred is told until a function is assigned whose DMA goes by another IOMMU, and not any more then", () => {
+  const { gate, ...machine } = guest();
+  const { host, driver } = machine;
+  host.assign({ bdf: FIRST, gate: GATE });
+  driver.domains.attach(DOMAIN, FIRST);
+  driver.domains.map(DOMAIN, 100, 5, 2, 3);
+  const told = (strategy: Strategy = "coiommu") => Object.values(claimsOf(machine, { strategy }));
+  assert.deepEqual(told(), [2, 2]);
+  gate.translate(100, "write");
+  assert.deepEqual(
+    [told(), told("static"), told("none")],
+    [
+      [2, 1],
+      [null, null],
+      [null, null],
+    ],
+  );
+  host.assign({ bdf: SECOND });
+  assert.deepEqual(told(), [2, null]);
+  host.unassign(SECOND);
+  assert.deepEqual(told(), [2, null], "what it had used is pinned still");
 });

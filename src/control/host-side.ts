@@ -129,10 +129,11 @@ export class HostSide {
     this.#iommu.setOpen(data.strategy === "none");
     this.#pinner = data.pinner === "io_uring" ? new IoUringPinner() : new SoftwarePinner();
     this.#assigned = new Map(data.assigned.map(({ bdf, gate }) => [bdf, gate]));
-    for (const { gate, faultCapable } of data.assigned)
-      if (gate !== undefined) this.#iommu.setFaultCapable(gate, faultCapable ?? false);
     this.#kernelPagesBefore = this.#pinner.kernelPinnedPages();
     this.#counters = counters(TRACKING_COUNTERS, data.counters);
+    for (const { gate, faultCapable } of data.assigned)
+      if (gate === undefined) this.#counters.dmaUnseen = 1;
+      else this.#iommu.setFaultCapable(gate, faultCapable ?? false);
     this.#tracker = new Tracker({
       memory: this.memory,
       pinner: this.#pinner,
@@ -184,7 +185,10 @@ export class HostSide {
     this.#assigned.set(bdf, gate);
     if (absent) this.#absent.add(bdf);
     else this.#absent.delete(bdf);
-    if (gate === undefined) return;
+    if (gate === undefined) {
+      this.#counters.dmaUnseen = 1;
+      return;
+    }
     this.#iommu.setFaultCapable(gate, faultCapable);
     this.#tracker.remapping.add(gate);
   }

@@ -83,6 +83,8 @@ export interface LiveMachine {
   readonly name: RunResult["guest"]["machine"];
   readonly started: Started;
   readonly pins: TrackingCounters;
+  /** Of the software IOMMU, to be read: claimsOf(). */
+  readonly iommuTable: SharedArrayBuffer;
   readonly assigned: readonly AssignedDevice[];
   /** That come and go while the guest runs; null where none can. */
   readonly disks: PluggedDisks | null;

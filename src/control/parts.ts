@@ -108,11 +108,11 @@ class HandOver {
 /** Threads, shared memory and sockets of one VM, from before QEMU has them until after it has ended. */
 export class Parts {
   readonly pins: TrackingCounters;
+  readonly iommuTable: SharedArrayBuffer;
   readonly backendWorker: WorkerHost;
   readonly failed = Promise.withResolvers<never>();
   readonly #options: PartsOptions;
   readonly #touch = EventFd.create();
-  readonly #iommu: SharedArrayBuffer;
   readonly #iommuSocket: HandOver;
   readonly #disks = new Set<DiskPart>();
   /** Of the disks whose threads have not ended. */
@@ -124,7 +124,7 @@ export class Parts {
     this.#options = options;
     const [iommuFd, qemuIommuFd] = socketPair();
     this.#iommuSocket = new HandOver(qemuIommuFd);
-    this.#iommu = createIommuBuffer(options.frames);
+    this.iommuTable = createIommuBuffer(options.frames);
     const pins = countersBuffer(TRACKING_COUNTERS);
     this.pins = counters(TRACKING_COUNTERS, pins);
     this.failed.promise.catch(() => {});
@@ -135,7 +135,7 @@ export class Parts {
       "the backend",
       options.backendEntry ?? workerEntry(import.meta.url, "./backend-worker"),
       {
-        ...{ wakeFd: wake.fd, socketFd: iommuFd, touchFd: this.#touch.fd, iommu: this.#iommu },
+        ...{ wakeFd: wake.fd, socketFd: iommuFd, touchFd: this.#touch.fd, iommu: this.iommuTable },
         ...{ counters: pins, assigned, strategy, pinner, policy, interval, quota },
         ...{ beforeActivation, activationTimeout, qemu: true },
       } satisfies BackendData,
@@ -165,7 +165,7 @@ export class Parts {
       "the disk",
       this.#options.deviceEntry ?? workerEntry(import.meta.url, "./disk-worker"),
       {
-        ...{ wakeFd: wake.fd, socketFd: diskFd, touchFd: this.#touch.fd, iommu: this.#iommu, gate },
+        ...{ wakeFd: wake.fd, socketFd: diskFd, touchFd: this.#touch.fd, iommu: this.iommuTable, gate },
         ...{ counters: shared, disk: store },
       } satisfies DiskData,
       wake,

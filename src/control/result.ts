@@ -63,6 +63,9 @@ export interface RunResult {
     readonly framesPeak: number;
     readonly framesMean: number;
     readonly framesAtEnd: number;
+    /** Of them, what the guest's driver asked for, and what of that no device has reached since. */
+    readonly framesClaimed: number | null;
+    readonly framesNeverTransferred: number | null;
     readonly quotaFrames: number | null;
   };
   readonly kernel: { readonly pinnedPagesPeak: number | null; readonly source: "VmPin" | "VmLck" | "none" };

@@ -2,6 +2,7 @@ import { monotonicClock } from "../host/clock.ts";
 import { sums } from "../memory/counters.ts";
 import { meanPinned } from "../tracking/counters.ts";
 import { backgroundText } from "./background.ts";
+import { claimsOf } from "./claims.ts";
 import type { DriverState, LiveMachine, Machine, MachineEnd, MachineOptions, Worked } from "./machine.ts";
 import type { RunResult } from "./result.ts";
 import { hasDriver, isRemapping } from "./strategy.ts";
@@ -155,9 +156,10 @@ function sample({ pins }: Machine, { strategy }: RunOptions, ms: number): RunRes
 }
 
 export function pinsOf(
-  { pins }: Pick<Machine, "pins">,
+  machine: Pick<Machine, "pins" | "iommuTable">,
   { strategy }: Pick<RunOptions, "strategy">,
 ): RunResult["pins"] {
+  const { pins } = machine;
   const tracked = strategy === "coiommu";
   return {
     requests: tracked ? pins.pinRequests : null,
@@ -170,6 +172,7 @@ export function pinsOf(
     framesPeak: pins.framesPeak,
     framesMean: round(meanPinned(pins, monotonicClock.now())),
     framesAtEnd: pins.framesNow,
+    ...claimsOf(machine, { strategy }),
     quotaFrames: Number.isFinite(pins.quota) ? pins.quota : null,
   };
 }

@@ -61,6 +61,7 @@ export class Vm implements Machine {
   readonly host: RunResult["host"];
   readonly qemu: Qemu;
   readonly pins: TrackingCounters;
+  readonly iommuTable: SharedArrayBuffer;
   readonly disk: DeviceCounters;
   readonly disks: PluggedDisks;
   readonly drivers = null;
@@ -80,6 +81,7 @@ export class Vm implements Machine {
     this.#options = options;
     this.#parts = parts;
     this.pins = parts.pins;
+    this.iommuTable = parts.iommuTable;
     this.disk = disk.counters;
     this.disks = new PluggedDisks(qemu.qmp, parts, options.onWarning);
     this.operator = new Operator(parts.backendWorker, options);

@@ -4,7 +4,6 @@ import type { DriverCounters } from "../driver/counters.ts";
 import type { RemappedDma, RemappedDmaOptions } from "../driver/remapped-dma.ts";
 import type { DriverCpu } from "../driver/viommu.ts";
 import { counters, countersBuffer } from "../memory/counters.ts";
-import { NO_FRAME } from "../memory/gated-memory.ts";
 import { GuestMemory, type GuestRegion } from "../memory/guest-memory.ts";
 import { LruPolicy } from "../policy/lru.ts";
 import { createPolicy } from "../policy/registry.ts";
@@ -262,8 +261,7 @@ export class World {
       engine: this.#engines[1]!,
       lazy: this.settings.remapping === "lazy",
       hostile: this.settings.hostile,
-      reaches: (page) =>
-        (["read", "write"] as const).some((access) => gate.translate(page, access) !== NO_FRAME),
+      reaches: (page) => (["read", "write"] as const).some((access) => gate.allows(page, access)),
     });
   }
 

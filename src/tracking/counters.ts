@@ -15,6 +15,10 @@ export const TRACKING_STATE = [
   "backgroundFrames",
   "backgroundPinned",
   "backgroundStopped",
+  /** Frames of framesNow that the guest has asked for. */
+  "framesClaimed",
+  /** 1 once a function was assigned whose DMA no gate of ours sees. */
+  "dmaUnseen",
 ] as const;
 
 export const TRACKING_COUNTERS = [

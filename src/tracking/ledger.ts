@@ -12,6 +12,8 @@ export const FAULTED = 0xffff_fffe;
 /** Since the last unpin pass: as A in a unit. */
 export const FAULTED_LATELY = 0xffff_fffd;
 
+type ClaimChanged = (gfn: Gfn, claimed: boolean) => void;
+
 /** Frames of a range that are looked up one by one: a balloon asks for one frame, or for a few, again and again. */
 const SMALL_RANGE = 4096;
 
@@ -25,6 +27,13 @@ export class Ledger {
   #generations = new Uint32Array(0);
   #needs = new Uint32Array(0);
   #peak = 0;
+  #claimed = 0;
+  readonly #changed: ClaimChanged;
+
+  /** `changed`: told when the guest begins or ceases to be who asked for a frame that is pinned already. */
+  constructor(changed: ClaimChanged = () => {}) {
+    this.#changed = changed;
+  }
 
   /** Frames pinned now. */
   get size(): number {
@@ -33,6 +42,11 @@ export class Ledger {
   /** Most frames pinned at once. */
   get peak(): number {
     return this.#peak;
+  }
+
+  /** Frames that the guest has asked for. */
+  get claimed(): number {
+    return this.#claimed;
   }
 
   has(gfn: Gfn): boolean {
@@ -48,6 +62,7 @@ export class Ledger {
     this.#needs[id] = 0;
     this.#handles[id] = handle;
     this.#generations[id] = generation;
+    if (this.#isClaimed(id)) this.#claimed++;
     this.#peak = Math.max(this.#peak, this.#frames.size);
     return id;
   }
@@ -56,6 +71,7 @@ export class Ledger {
   remove(gfn: Gfn): number {
     const id = this.#frames.remove(gfn);
     if (id < 0) throw new InvariantViolation(`frame ${gfn} is not in the ledger`);
+    if (this.#isClaimed(id)) this.#claimed--;
     return this.#handles[id]!;
   }
 
@@ -68,7 +84,15 @@ export class Ledger {
   }
 
   claim(gfn: Gfn, generation: number): void {
-    this.#generations[this.#idOf(gfn)] = generation;
+    const id = this.#idOf(gfn);
+    const before = this.#isClaimed(id);
+    this.#generations[id] = generation;
+    this.#count(gfn, id, before);
+  }
+
+  /** Whether the guest has asked for the frame since it was pinned: by a PIN request, or by a MAP. */
+  isClaimed(gfn: Gfn): boolean {
+    return this.#isClaimed(this.#idOf(gfn));
   }
 
   /** A frame keeps its slot, below this, while it is pinned: for walks in slices. */
@@ -103,7 +127,10 @@ export class Ledger {
 
   /** A mapping of a domain needs the frame. */
   need(gfn: Gfn): void {
-    this.#needs[this.#idOf(gfn)]!++;
+    const id = this.#idOf(gfn);
+    const before = this.#isClaimed(id);
+    this.#needs[id]!++;
+    this.#count(gfn, id, before);
   }
 
   /** A mapping that needed the frame is gone. */
@@ -111,6 +138,7 @@ export class Ledger {
     const id = this.#idOf(gfn);
     if (this.#needs[id] === 0) throw new InvariantViolation(`no domain needs frame ${gfn}`);
     this.#needs[id]!--;
+    this.#count(gfn, id, true);
   }
 
   /** Whether a domain maps the frame. */
@@ -120,6 +148,19 @@ export class Ledger {
 
   frames(): Iterable<Gfn> {
     return this.#frames;
+  }
+
+  #isClaimed(id: number): boolean {
+    const generation = this.#generations[id]!;
+    const unasked = generation === NO_TABLE || generation === FAULTED || generation === FAULTED_LATELY;
+    return !unasked || this.#needs[id]! > 0;
+  }
+
+  #count(gfn: Gfn, id: number, before: boolean): void {
+    const claimed = this.#isClaimed(id);
+    if (claimed === before) return;
+    this.#claimed += claimed ? 1 : -1;
+    this.#changed(gfn, claimed);
   }
 
   #idOf(gfn: Gfn): number {

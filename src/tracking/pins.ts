@@ -13,7 +13,7 @@ import type { SoftwareIommu } from "./software-iommu.ts";
  * table and the policy's list. Whatever the host refuses, no frame is half-pinned.
  */
 export class Pins {
-  readonly ledger = new Ledger();
+  readonly ledger: Ledger;
   readonly #memory: GuestMemory;
   readonly #pinner: Pinner;
   readonly #iommu: SoftwareIommu;
@@ -41,6 +41,7 @@ export class Pins {
     this.#iommu = o.iommu;
     this.#policy = o.policy;
     this.#clock = o.clock;
+    this.ledger = new Ledger((gfn, claimed) => o.iommu.setUnused(gfn, claimed));
   }
 
   get policy(): UnpinPolicy {
@@ -92,7 +93,7 @@ export class Pins {
 
   #hold(gfn: Gfn, handle: number, generation: number, now: Nanoseconds): void {
     const slot = this.ledger.add(gfn, handle, generation);
-    this.#iommu.allow(gfn);
+    this.#iommu.allow(gfn, this.ledger.isClaimed(gfn));
     if (slot < this.#told) this.#policy.pinned(gfn, now);
   }
 

@@ -40,7 +40,16 @@ const REFUSED = 3;
 export const DEVICES_MAX = 8;
 /** Per device, behind those: faults that the guest is to be told of. */
 const FAULTS = DEVICES + DEVICES_MAX * PER_DEVICE;
-const BITMAP = FAULTS + DEVICES_MAX * FAULT_WORDS;
+const PINNED = FAULTS + DEVICES_MAX * FAULT_WORDS;
+/**
+ * From there on two bits per frame, in one word, so that a device looks once: allowed, and 16 bits above it UNUSED, which
+ * the backend sets when the guest asks for the frame, and the first device that reaches it clears.
+ */
+const FRAMES_PER_WORD = 16;
+const UNUSED_SHIFT = 16;
+const wordOf = (gfn: number): number => PINNED + (gfn >>> 4);
+const allowedBit = (gfn: number): number => 1 << (gfn & 15);
+const unusedBit = (gfn: number): number => allowedBit(gfn) << UNUSED_SHIFT;
 
 /** Contexts: bit 0, OPEN, lets a device reach frames that are not pinned; the rest is one of these, or a table. */
 const OPEN = 1;
@@ -55,31 +64,46 @@ export const IN_BYPASS: Context = BYPASS;
 export const IS_BLOCKED: Context = BLOCKED;
 
 /**
- * The tables of domains, behind the bitmap: 64 words for each word of it map all frames twice, as for two devices that
- * are given to user space in domains of their own; and a few pages for the upper levels.
+ * The tables of domains, behind those: 32 words for each of them map all frames twice, as for two devices that are given
+ * to user space in domains of their own; and a few pages for the upper levels.
  */
 const POOL_FIXED = 16 * 1024;
-const POOL_PER_WORD = 64;
+const POOL_PER_WORD = 32;
 
 /** The shared table for GFNs 0 to `frames`. */
 export function createIommuBuffer(frames: number): SharedArrayBuffer {
   invariant(frames <= ENTRY_FRAMES, `an IOMMU table of ${frames} frames`);
-  return new SharedArrayBuffer(4 * (BITMAP + POOL_FIXED + Math.ceil(frames / 32) * (1 + POOL_PER_WORD)));
+  const words = Math.ceil(frames / FRAMES_PER_WORD) * (1 + POOL_PER_WORD);
+  return new SharedArrayBuffer(4 * (PINNED + POOL_FIXED + words));
 }
 /** Whether a word stays as it is in a machine with `devices` devices, whose IOMMU is not opened and has no domains. */
 export const isIdleIommuWord = (index: number, devices: number): boolean =>
   index < FAULTS
     ? index >= DEVICES + devices * PER_DEVICE ||
       (index >= DEVICES && [CONTEXT, FAULT_CAPABLE].includes((index - DEVICES) % PER_DEVICE))
-    : index >= FAULTS + devices * FAULT_WORDS && index < BITMAP;
+    : index >= FAULTS + devices * FAULT_WORDS && index < PINNED;
 
 /** What createIommuBuffer() made, or a view of it: the simulator's shows each access. */
 export type IommuTable = SharedArrayBuffer | SharedWords;
 const wordsOf = (table: IommuTable): SharedWords =>
   table instanceof SharedWords ? table : new SharedWords(table);
 const framesOf = (words: SharedWords): number =>
-  ((words.length - BITMAP - POOL_FIXED) / (1 + POOL_PER_WORD)) * 32;
-const poolOf = (words: SharedWords): number => BITMAP + framesOf(words) / 32;
+  ((words.length - PINNED - POOL_FIXED) / (1 + POOL_PER_WORD)) * FRAMES_PER_WORD;
+const poolOf = (words: SharedWords): number => PINNED + framesOf(words) / FRAMES_PER_WORD;
+
+/**
+ * How many frames devices may reach because the guest has asked for them, and that none has reached since. For anybody who
+ * has the table, at any time: nobody waits for it, and it waits for nobody.
+ */
+export function countUnused(table: IommuTable): number {
+  const words = wordsOf(table);
+  let unused = 0;
+  for (let at = PINNED, end = poolOf(words); at < end; at++) {
+    const word = words.load(at);
+    for (let bits = word & (word >>> UNUSED_SHIFT); bits !== 0; bits &= bits - 1) unused++;
+  }
+  return unused;
+}
 
 /** A device window that stays open longer than this (a stuck disk) makes the unpin be taken back, not waited for. */
 const QUIESCE_LIMIT = milliseconds(2);
@@ -87,9 +111,10 @@ const QUIESCE_LIMIT = milliseconds(2);
 const REQUEST_TIMEOUT_MS = 5000;
 
 /**
- * The IOMMU of our assigned devices: the table of pinned frames, one bit per frame, and the tables of domains, that the
- * backend writes and devices read, exactly as a hardware IOMMU reads its page table. The memory is only reserved: the
- * kernel commits the pages of it in which a frame was pinned (4 KiB for 128 MiB of guest), and tables that are used.
+ * The IOMMU of our assigned devices: the table of pinned frames and the tables of domains, that the backend writes and
+ * devices read, exactly as a hardware IOMMU reads its page table; and as that sets an accessed flag, devices clear UNUSED
+ * when they translate. The memory is only reserved: the kernel commits the pages of it in which a frame was pinned (4 KiB
+ * for 64 MiB of guest), and tables that are used.
  *
  * This class is the backend's side; DeviceGate is a device's.
  */
@@ -172,13 +197,20 @@ export class SoftwareIommu {
     if (this.#words.load(base + SEQUENCE) & 1) this.#words.add(base + SEQUENCE, 1);
   }
 
-  allow(gfn: Gfn): void {
+  /** Devices may reach a frame. `unused`: the guest has asked for it, and none has; left out, that is as it was. */
+  allow(gfn: Gfn, unused?: boolean): void {
     if (gfn >= this.#frames) throw new InvariantViolation(`frame ${gfn} is beyond the IOMMU table`);
-    this.#words.or(BITMAP + (gfn >>> 5), 1 << (gfn & 31));
+    if (unused === false) this.setUnused(gfn, false);
+    this.#words.or(wordOf(gfn), unused ? allowedBit(gfn) | unusedBit(gfn) : allowedBit(gfn));
   }
 
   revoke(gfn: Gfn): void {
-    this.#words.and(BITMAP + (gfn >>> 5), ~(1 << (gfn & 31)));
+    this.#words.and(wordOf(gfn), ~allowedBit(gfn));
+  }
+
+  setUnused(gfn: Gfn, unused: boolean): void {
+    if (unused) this.#words.or(wordOf(gfn), unusedBit(gfn));
+    else this.#words.and(wordOf(gfn), ~unusedBit(gfn));
   }
 
   /**
@@ -272,9 +304,9 @@ export class DeviceGate implements DmaGate {
 
   translate(page: number, access: DmaAccess): Gfn | typeof NO_FRAME {
     const context = this.#words.load(this.#base + CONTEXT);
-    if (context === BYPASS) return this.#isPinned(page) ? (page as Gfn) : this.#refuse(context);
-    const gfn = context <= (BYPASS | OPEN) ? page : this.#find(context, page, access);
-    if (gfn >= 0 && ((context & OPEN) !== 0 || this.#isPinned(gfn))) return gfn as Gfn;
+    if (context === BYPASS) return this.#reaches(page) ? (page as Gfn) : this.#refuse(context);
+    const gfn = this.#find(context, page, access);
+    if (gfn >= 0 && ((context & OPEN) !== 0 || this.#reaches(gfn))) return gfn as Gfn;
     return this.#refuse(context);
   }
 
@@ -288,20 +320,37 @@ export class DeviceGate implements DmaGate {
     this.#ring();
   }
 
-  /** Whether the device may write to an address. */
-  allows(page: number): boolean {
-    return this.translate(page, "write") !== NO_FRAME;
+  /** Whether the device may access an address, without doing so. */
+  allows(page: number, access: DmaAccess = "write"): boolean {
+    const context = this.#words.load(this.#base + CONTEXT);
+    const gfn = this.#find(context, page, access);
+    return gfn >= 0 && ((context & OPEN) !== 0 || this.#isAllowed(gfn));
   }
 
   #find(context: number, page: number, access: DmaAccess): number {
+    if (context <= (BYPASS | OPEN)) return page;
     if (context < TABLES) return NO_FRAME;
     const entry = walk(this.#words, this.#pool, (context - TABLES) >> 1, page);
     const flag = access === "write" ? VIRTIO_IOMMU_MAP_F_WRITE : VIRTIO_IOMMU_MAP_F_READ;
     return (entry & ENTRY_FLAGS & flag) === 0 ? NO_FRAME : entry >>> 2;
   }
 
-  #isPinned(gfn: number): boolean {
-    return gfn < this.#frames && (this.#words.load(BITMAP + (gfn >>> 5)) & (1 << (gfn & 31))) !== 0;
+  #isAllowed(gfn: number): boolean {
+    return gfn < this.#frames && (this.#words.load(wordOf(gfn)) & allowedBit(gfn)) !== 0;
+  }
+
+  /**
+   * The same, and the frame is not UNUSED any more.
+   *
+   * ORDERING: none needed for UNUSED beyond that the RMW loses no bit of the backend's. Inside a DMA window: so the frame
+   * is not released, and pinned anew, between the two.
+   */
+  #reaches(gfn: number): boolean {
+    if (gfn >= this.#frames) return false;
+    const word = this.#words.load(wordOf(gfn));
+    if ((word & allowedBit(gfn)) === 0) return false;
+    if ((word & unusedBit(gfn)) !== 0) this.#words.and(wordOf(gfn), ~unusedBit(gfn));
+    return true;
   }
 
   request(gfn: Gfn): boolean {

@@ -427,6 +427,7 @@ export class Tracker {
   #changed(): void {
     const { counters, clock } = this.#o;
     countPinned(counters, this.pinned, clock.now());
+    counters.framesClaimed = this.#ledger.claimed;
     counters.backgroundFrames = this.#inBackground ? this.#background.frames : 0;
     counters.backgroundPinned = this.#inBackground ? this.#ledger.size : 0;
     counters.backgroundStopped = this.#inBackground ? STOPPED_BY.indexOf(this.#background.stopped) : 0;

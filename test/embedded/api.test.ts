@@ -60,7 +60,7 @@ test("a busy guest is watched and steered, by two clients at once", async (t) =>
   } = await running(t, path, "--workload", "fio:rw=randread,bs=4k,seconds=600,size=8M");
   const state = await get<State>("/v1/state");
   assert.deepEqual(
-    { ...state, pinned: state.pinned > 0, uptimeMs: 0 },
+    { ...state, pinned: state.pinned > 0, framesClaimed: 1, framesNeverTransferred: 1, uptimeMs: 0 },
     {
       ...{
         machine: "embedded",
@@ -69,6 +69,7 @@ test("a busy guest is watched and steered, by two clients at once", async (t) =>
         policy: { name: "lru", parameters: {} },
         background: null,
       },
+      ...{ framesClaimed: 1, framesNeverTransferred: 1 },
       ...{ quotaFrames: null, pinned: true, parked: false, parks: { guest: 0, operator: false } },
       ...{ endpoints: ["0000:00:04.0"], uptimeMs: 0 },
     },

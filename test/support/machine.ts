@@ -3,7 +3,12 @@ import type { Gfn } from "../../src/base/units.ts";
 import { counters, countersBuffer } from "../../src/memory/counters.ts";
 import { GuestMemory, type GuestRegion } from "../../src/memory/guest-memory.ts";
 import { LruPolicy } from "../../src/policy/lru.ts";
-import { createIommuBuffer, DeviceGate, SoftwareIommu } from "../../src/tracking/software-iommu.ts";
+import {
+  countUnused,
+  createIommuBuffer,
+  DeviceGate,
+  SoftwareIommu,
+} from "../../src/tracking/software-iommu.ts";
 import { TRACKING_COUNTERS, Tracker, type TrackerOptions } from "../../src/tracking/tracker.ts";
 import { FakeClock } from "./clock.ts";
 import { addressOf, GuestTable, ramRegion } from "./guest.ts";
@@ -56,6 +61,8 @@ export function machine(options: MachineOptions = {}) {
     tracker,
     table,
     counters: count,
+    /** Frames that the guest has asked for, and of them those that no device has reached since. */
+    claims: () => [count.framesClaimed, countUnused(iommuBuffer)],
     /** Whether DMA to each of `gfns` would go through, and the host holds its page. Both or neither. */
     held(...gfns: number[]): boolean[] {
       return gfns.map((gfn) => {

@@ -64,6 +64,8 @@ const FIELDS: Record<PathOf<RunResult>, true> = {
   "pins.framesPeak": true,
   "pins.framesMean": true,
   "pins.framesAtEnd": true,
+  "pins.framesClaimed": true,
+  "pins.framesNeverTransferred": true,
   "pins.quotaFrames": true,
   "kernel.pinnedPagesPeak": true,
   "kernel.source": true,

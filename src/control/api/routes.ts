@@ -10,6 +10,7 @@ import { meanPinned } from "../../tracking/counters.ts";
 import { LIVES } from "../../tracking/life.ts";
 import type { TrackingCounters } from "../../tracking/tracker.ts";
 import { backgroundOf } from "../background.ts";
+import { claimsOf } from "../claims.ts";
 import type { PluggedDisks } from "../plugged-disks.ts";
 import type { LiveGuest } from "../run.ts";
 import { Refusal } from "./refusal.ts";
@@ -43,6 +44,7 @@ export const ROUTES: readonly Route[] = [
     ...{ method: "GET", path: "/v1/state", summary: "What is so now" },
     answer: schemas.State,
     serve: ({ machine, options }) => ({
+      ...claimsOf(machine, options),
       machine: machine.name,
       strategy: options.strategy,
       life: LIVES[machine.pins.life]!,
@@ -202,6 +204,7 @@ function trackingOf({ machine, options }: LiveGuest): Static<typeof schemas.Coun
     framesPinned: pins.framesPinned,
     framesUnpinned: pins.framesUnpinned,
     framesNow: pins.framesNow,
+    ...claimsOf(machine, options),
     framesPeak: pins.framesPeak,
     framesMean: meanPinned(pins, monotonicClock.now()),
     kernelPagesPeak: started.kernelSource === "none" ? null : pins.kernelPagesPeak,

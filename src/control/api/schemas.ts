@@ -88,6 +88,14 @@ export const Harvest = exactly({
   }),
 });
 
+const Claims = exactly({
+  framesClaimed: { ...nullable(Count), description: "Pinned frames that the guest's driver has asked for" },
+  framesNeverTransferred: {
+    ...nullable(Count),
+    description: "Of them, those that no device's DMA has reached since. null: it cannot be seen",
+  },
+});
+
 export const State = exactly({
   machine: Type.Enum(["qemu", "embedded"]),
   strategy: Type.Enum([...STRATEGIES]),
@@ -101,6 +109,7 @@ export const State = exactly({
   ),
   policy: nullable(Policy),
   ...Quota.properties,
+  ...Claims.properties,
   ...Parked.properties,
   endpoints: Type.Array(Type.String(), { description: "Assigned devices" }),
   uptimeMs: Count,
@@ -111,6 +120,7 @@ const Tracking = exactly({
   framesPinned: Count,
   framesUnpinned: Count,
   framesNow: Count,
+  ...Claims.properties,
   framesPeak: Count,
   framesMean: Type.Number({ minimum: 0 }),
   kernelPagesPeak: nullable(Count),

@@ -6,6 +6,7 @@ import { ask, socketPath } from "../../../test/support/api.ts";
 import { HostError } from "../../base/errors.ts";
 import { WorkerEnded, type WorkerHost } from "../../machine/commands.ts";
 import { counters, countersBuffer } from "../../memory/counters.ts";
+import { createIommuBuffer } from "../../tracking/software-iommu.ts";
 import { TRACKING_COUNTERS } from "../../tracking/tracker.ts";
 import type { Machine, MachineOptions } from "../machine.ts";
 import { Operator } from "../operator.ts";
@@ -21,6 +22,7 @@ async function serving(t: TestContext, request: WorkerHost["request"], strategy 
   const machine = {
     ...{ name: "embedded", assigned: [], disks: null, drivers: null, started: { kernelSource: "none" } },
     pins: counters(TRACKING_COUNTERS, countersBuffer(TRACKING_COUNTERS)),
+    iommuTable: createIommuBuffer(64),
     operator: new Operator({ request } as WorkerHost, options),
   };
   api.guest = { machine: machine as unknown as Machine, options };
