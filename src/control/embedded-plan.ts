@@ -10,6 +10,8 @@ import type { Workload } from "./workload.ts";
 
 export interface EmbeddedOptions extends MachineOptions {
   readonly workload: Workload;
+  /** As backendEntry. */
+  readonly cpuEntry?: URL;
 }
 
 /** An assigned device, and the CPUs that use it. */

@@ -252,7 +252,7 @@ class Threads {
       },
       ...{ backendBell: this.#backendBell, counters: ofDriver, faultCapable },
     } satisfies CpuData;
-    return this.#worker(`CPU ${number}`, CPU_WORKER, data, bell);
+    return this.#worker(`CPU ${number}`, this.#options.cpuEntry ?? CPU_WORKER, data, bell);
   }
 
   /** -1 for none. */
