@@ -126,6 +126,7 @@ const LABELS: Readonly<Record<keyof WorldStatistics, string>> = {
   framesFaulted: "frames pinned by faults",
   faultsReported: "DMA faults reported to the guest",
   faultsDropped: "DMA faults dropped and counted",
+  framesNeverTransferred: "frames claimed and never transferred, at most",
 };
 
 function summary(result: SimResult): string {

@@ -4,11 +4,13 @@ import type { GuestMemory } from "../memory/guest-memory.ts";
 import type { UnpinPolicy } from "../policy/policy.ts";
 import type { DirtySlice } from "../tracking/dirty.ts";
 import type { AssignedBus, BeforeActivation } from "../tracking/life.ts";
+import { framesOf, type Mapping } from "../tracking/mapping-trees.ts";
 import { SoftwareIommu } from "../tracking/software-iommu.ts";
 import { Tracker, type TrackerOptions, type TrackingCounters } from "../tracking/tracker.ts";
 import type { Assigned } from "../virtio/device.ts";
 import { VIRTIO_IOMMU_S_OK } from "../wire/virtio-iommu.ts";
 import type { Bus } from "./bus.ts";
+import { ClaimsModel } from "./claims-model.ts";
 import { FakeHost, type HostFaults, type HostObserver } from "./fake-host.ts";
 import type { FrontEnd, Served } from "./front-end.ts";
 import { HostTurn } from "./host-turn.ts";
@@ -51,6 +53,7 @@ export interface BackendOptions {
   faultMayFail(): void;
   /** The faults of devices are about to be looked for, by `report`. */
   reportFaults(report: () => void): void;
+  readonly claims: ClaimsModel;
   harvestBegins(): void;
   harvested(slice: DirtySlice): void;
   /** Called between two pieces of work. */
@@ -246,6 +249,7 @@ export class Backend implements Actor {
       },
       this.host,
       faultMayFail,
+      this.#o.claims,
     );
     if (this.#o.harvestInterval < Number.POSITIVE_INFINITY) tracker.dirty.start();
     return { memory, iommu, tracker, served: this.#o.frontEnd.serve({ memory, tracker, assigned }) };
@@ -257,12 +261,37 @@ export class CheckedTracker extends Tracker {
   readonly #host: FakeHost;
   readonly #iommu: SoftwareIommu;
   readonly #faultMayFail: () => void;
+  readonly #claims: ClaimsModel;
 
-  constructor(options: TrackerOptions, host: FakeHost, faultMayFail = () => {}) {
+  constructor(options: TrackerOptions, host: FakeHost, faultMayFail = () => {}, claims = new ClaimsModel()) {
     super(options);
     this.#host = host;
     this.#iommu = options.iommu;
     this.#faultMayFail = faultMayFail;
+    this.#claims = claims;
+  }
+
+  override adopt(pins: Parameters<Tracker["adopt"]>[0]): void {
+    super.adopt(pins);
+    this.#claims.forgetAll();
+  }
+
+  override machineReset(): void {
+    super.machineReset();
+    this.#claims.forgetAll();
+  }
+
+  override hold(mapping: Mapping): number {
+    const since = this.#claims.now;
+    const status = super.hold(mapping);
+    if (status === VIRTIO_IOMMU_S_OK) for (const gfn of framesOf(mapping)) this.#claims.held(gfn, since);
+    return status;
+  }
+
+  override letGo(mappings: Iterable<Mapping>, kept?: boolean): void {
+    const gone = [...mappings];
+    super.letGo(gone, kept);
+    for (const mapping of gone) for (const gfn of framesOf(mapping)) this.#claims.letGo(gfn);
   }
 
   override touched(gfn: Gfn, device: number): boolean {
@@ -280,12 +309,15 @@ export class CheckedTracker extends Tracker {
 
   override pin(ranges: Parameters<Tracker["pin"]>[0]): number {
     const before = new Set(this.#host.pages.values());
+    const since = this.#claims.now;
     const status = super.pin(ranges);
     if (status === VIRTIO_IOMMU_S_OK) {
       for (const { gfn, nrFrames } of ranges)
-        for (let i = 0; i < nrFrames; i++)
+        for (let i = 0; i < nrFrames; i++) {
+          this.#claims.asked(gfn + i, since);
           if (!this.#host.holds(gfn + i))
             throw new Violation(`PIN of frame ${gfn + i} is OK, but it is not held`);
+        }
     } else
       for (const gfn of this.#host.pages.values())
         if (!before.has(gfn))

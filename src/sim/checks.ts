@@ -1,6 +1,7 @@
 import { FRAME_SIZE, type Gfn } from "../base/units.ts";
 import type { GuestRegion } from "../memory/guest-memory.ts";
 import type { DirtySlice } from "../tracking/dirty.ts";
+import type { ClaimsModel } from "./claims-model.ts";
 import type { FakeHost } from "./fake-host.ts";
 import { Violation } from "./turn.ts";
 
@@ -9,6 +10,7 @@ import { Violation } from "./turn.ts";
  * by what the code under test says of itself.
  */
 export class Checks {
+  readonly claims: ClaimsModel;
   readonly #host: FakeHost;
   readonly #isRam: (gfn: number) => boolean;
   /** Frames this guest may have pinned at once. */
@@ -28,7 +30,9 @@ export class Checks {
     isRam: (gfn: number) => boolean;
     quota: () => number;
     hostile: boolean;
+    claims: ClaimsModel;
   }) {
+    this.claims = o.claims;
     this.#host = o.host;
     this.#isRam = o.isRam;
     this.#quota = o.quota;
@@ -37,6 +41,7 @@ export class Checks {
 
   /** The host has pinned a page. */
   pinned(gfn: Gfn): void {
+    this.claims.forget(gfn);
     if (!this.#isRam(gfn)) throw new Violation(`frame ${gfn} is pinned, which is not RAM`);
     const held = this.#host.pages.size;
     const quota = this.#quota();
@@ -45,6 +50,7 @@ export class Checks {
 
   /** The host has let go of a page. */
   released(gfn: Gfn): void {
+    this.claims.forget(gfn);
     if (!this.#hostile && (this.#mapped.get(gfn) ?? 0) > 0)
       throw new Violation(`frame ${gfn} is unpinned while it is mapped`);
   }

@@ -1,5 +1,5 @@
 import { DmaFault } from "../base/errors.ts";
-import { FRAME_SIZE } from "../base/units.ts";
+import { FRAME_SIZE, framesIn } from "../base/units.ts";
 import type { DmaSegment } from "../driver/dma-api.ts";
 import { GatedMemory } from "../memory/gated-memory.ts";
 import type { GuestRegion } from "../memory/guest-memory.ts";
@@ -26,9 +26,12 @@ export interface Job {
   done(): void;
 }
 
+export type MakeGate = (...args: ConstructorParameters<typeof DeviceGate>) => DeviceGate;
+
 /** An assigned device: moves data in the buffers it was told, behind the production gate. */
 export class DmaEngine {
   readonly process: Process;
+  readonly #id: number;
   readonly #checks: Checks;
   readonly #memory: GatedMemory;
   /** Buffers moved. */
@@ -47,19 +50,26 @@ export class DmaEngine {
     readonly ring: () => void;
     /** It is about to tell of a fault at an address in its job. */
     readonly faults: (engine: DmaEngine, address: number, job: Job) => void;
+    readonly makeGate?: MakeGate;
   }) {
+    this.#id = o.id;
     this.#checks = o.checks;
     this.process = new Process(`device${o.id}`, o.turns, () => this.#next());
     const memory = new SteppedMemory(o.regions, this.process, {
       touched: (gpa, length) => {
         const { writes, frames } = this.#jobs[0]!;
         o.checks.transferred(gpa, length, writes, frames);
+        for (const gfn of framesIn(gpa, length)) o.checks.claims.transferred(o.id, gfn);
       },
     });
-    const words = new SteppedWords(o.iommu, this.process, o.idleWord);
-    const gate = new WatchedGate(words, o.id, o.ring);
-    gate.watch = (address) =>
+    const { makeGate = (...args) => new DeviceGate(...args) } = o;
+    const gate = makeGate(new SteppedWords(o.iommu, this.process, o.idleWord), o.id, o.ring);
+    const fault = gate.fault.bind(gate);
+    // Seen before the host can see it.
+    gate.fault = (address, access) => {
       step(this.process, "fault", () => o.faults(this, this.#checked(address), this.#jobs[0]!));
+      fault(address, access);
+    };
     this.#memory = new GatedMemory(memory, gate);
   }
 
@@ -81,11 +91,13 @@ export class DmaEngine {
     const job = this.#jobs[0];
     if (!job) return undefined;
     const { iova, length } = job.segments[this.#segment]!;
+    this.#checks.claims.begins(this.#id, job.frames ?? framesIn(iova, length));
     const excused = job.mayFault?.() ?? false;
     const faulted = job.unmapped ? this.#checks.faultable() : (gpa: number) => this.#checks.faulted(gpa);
     return {
       run: () => this.#memory.transfer(iova, length, () => {}, job.writes ? "write" : "read"),
       settle: (outcome) => {
+        this.#checks.claims.ends(this.#id);
         if ("error" in outcome)
           this.#failed(outcome.error, excused || (job.mayFault?.() ?? false) ? () => {} : faulted);
         else this.transfers++;
@@ -114,11 +126,3 @@ export class DmaEngine {
   }
 }
 
-/** Says what it faults on before the host can see it. */
-class WatchedGate extends DeviceGate {
-  watch: (address: number) => void = () => {};
-  override fault(...args: Parameters<DeviceGate["fault"]>): void {
-    this.watch(args[0]);
-    super.fault(...args);
-  }
-}

@@ -15,6 +15,7 @@ import { TU_COUNT, TU_PINNED, unitOffset } from "../wire/dtt.ts";
 import { VIRTIO_IOMMU_S_OK } from "../wire/virtio-iommu.ts";
 import { type BackendParts, CheckedTracker } from "./backend.ts";
 import { Checks } from "./checks.ts";
+import { ClaimsModel } from "./claims-model.ts";
 import { FakeHost, HOST_BASE } from "./fake-host.ts";
 import { HostTurn } from "./host-turn.ts";
 import { type Operation, Process } from "./process.ts";
@@ -174,7 +175,13 @@ class SmallMachine {
     );
     const quota = world.quota ?? Number.POSITIVE_INFINITY;
     const isRam = (gfn: number) => gfn < FRAMES;
-    this.#checks = new Checks({ host: this.#host, isRam, quota: () => quota, hostile: false });
+    this.#checks = new Checks({
+      host: this.#host,
+      isRam,
+      quota: () => quota,
+      hostile: false,
+      claims: new ClaimsModel(),
+    });
     this.#tracker = this.#makeTracker(world, twin, regions, twin.backend?.quota?.() ?? quota);
     this.#backend.tracker = this.#tracker;
     this.#cpus = world.cpus.map((frames, id) => this.#makeCpu(id, frames, world, twin, regions));

@@ -142,7 +142,7 @@ export class GuestCpu {
     if (moved) return moved;
     if (parts.faultCapable?.atRest && this.#random(2) === 0) this.#touch(parts.faultCapable);
     const any = idle[this.#random(idle.length)];
-    const choice = this.#random(12);
+    const choice = parts.hoards(this.#id) ? 11 : this.#random(12);
     if (choice === 0) return this.#sleep();
     if (choice === 1) return this.#allocate();
     if (choice < 6 && any) this.#transfer(any);

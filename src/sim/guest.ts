@@ -62,6 +62,8 @@ export interface GuestParts {
   readonly pinDirty: boolean;
   /** The driver turns PIN off and on again at times. */
   readonly restarts: boolean;
+  /** Whether a CPU maps all that it can, and lets no device use it. */
+  hoards(cpu: number): boolean;
   /** Whether the driver may be loaded by now. */
   mayBoot(): boolean;
   /** All RAM is pinned for as long as no driver is active. */

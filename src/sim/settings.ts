@@ -45,6 +45,8 @@ export interface Settings {
   readonly faultCapable: boolean;
   /** Devices access what they must not; one in so many chances the driver reads the reports. 0: neither. */
   readonly strays: number;
+  /** A CPU maps what it can, and lets no device use it. */
+  readonly selfish: boolean;
 }
 
 export function settingsOf(seed: number): Settings {
@@ -74,6 +76,7 @@ export function settingsOf(seed: number): Settings {
     balloon: random(seed ^ 0xba11_0000)(3) === 0,
     faultCapable: random(seed ^ 0x0fa1_7ed0)(2) === 0,
     strays: [0, 4, 60][random(seed ^ 0x57ea_7000)(3)]!,
+    selfish: random(seed ^ 0x5e1f_1540)(4) === 0,
   };
   // Who takes over from a backend that died in a machine reset cannot tell what was discarded before: ADR 4, 36.
   if (settings.machineResets > 0 && settings.backendDies > 0) settings.balloon = false;

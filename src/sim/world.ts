@@ -7,13 +7,14 @@ import { counters, countersBuffer } from "../memory/counters.ts";
 import { GuestMemory, type GuestRegion } from "../memory/guest-memory.ts";
 import { LruPolicy } from "../policy/lru.ts";
 import { createPolicy } from "../policy/registry.ts";
-import { createIommuBuffer, DeviceGate, isIdleIommuWord } from "../tracking/software-iommu.ts";
+import { countUnused, createIommuBuffer, DeviceGate, isIdleIommuWord } from "../tracking/software-iommu.ts";
 import { TRACKING_COUNTERS, type Tracker } from "../tracking/tracker.ts";
 import { Backend, type BackendOptions, type BackendParts } from "./backend.ts";
 import { Balloon } from "./balloon.ts";
 import { Bus } from "./bus.ts";
 import { Checks } from "./checks.ts";
-import { DmaEngine } from "./dma-engine.ts";
+import { ClaimsModel } from "./claims-model.ts";
+import { DmaEngine, type MakeGate } from "./dma-engine.ts";
 import { DriverArrival } from "./driver-arrival.ts";
 import { type FakeHost, HOST_BASE } from "./fake-host.ts";
 import { FaultChecks } from "./fault-checks.ts";
@@ -31,6 +32,7 @@ import { type Schedule, Turns } from "./turns.ts";
 export interface Twin {
   readonly backend?: Partial<BackendOptions & BackendParts>;
   readonly driver?: Partial<DriverCpu>;
+  readonly makeGate?: MakeGate;
   readonly remappedDma?: (options: RemappedDmaOptions) => RemappedDma;
 }
 
@@ -59,6 +61,7 @@ export interface WorldStatistics {
   readonly framesFaulted: number;
   readonly faultsReported: number;
   readonly faultsDropped: number;
+  readonly framesNeverTransferred: number;
 }
 
 /** RAM in two pieces: one reaches into firmware's window below 1 MiB, one across the end of a leaf of the table. */
@@ -104,6 +107,7 @@ export class World {
   readonly #iommu: SharedArrayBuffer;
   readonly #gate: DeviceGate;
   readonly #bus = new Bus();
+  readonly #claims = new ClaimsModel();
   readonly #guest: Guest;
   readonly #cpus: GuestCpu[];
   readonly #engines: DmaEngine[];
@@ -144,6 +148,7 @@ export class World {
       isRam: (gfn) => this.#memory.find(gfn * FRAME_SIZE, FRAME_SIZE) !== undefined,
       quota: () => this.#quota,
       hostile: settings.hostile,
+      claims: this.#claims,
     });
     const { turns, checks } = this;
     this.#faults = this.#faultChecks();
@@ -160,6 +165,7 @@ export class World {
           ring: () => this.#backend.ring(),
           faults: (engine, address, job) =>
             this.#faults.met({ device: id, address, ...kindOf(this.#guest, engine, job) }),
+          ...(twin.makeGate && { makeGate: twin.makeGate }),
         }),
     );
     this.#guest = this.#makeGuest();
@@ -213,6 +219,7 @@ export class World {
       framesFaulted: this.#counters.framesFaulted,
       faultsReported: this.#counters.faultsReported,
       faultsDropped: this.#counters.faultsDropped,
+      framesNeverTransferred: this.#claims.unusedPeak,
     };
   }
 
@@ -239,6 +246,7 @@ export class World {
         strays: settings.strays,
         pinDirty: settings.pinDirty,
         restarts: settings.driverRestarts,
+        hoards: (cpu) => settings.selfish && cpu === settings.cpus - 1,
         mayBoot: () => this.#arrival.mayBoot(this.#guest),
         allPinned: () => this.#arrival.allPinned(),
       },
@@ -293,6 +301,7 @@ export class World {
       assigned: new Map(Array.from({ length: this.#devices }, (_, id) => [endpointOf(id), id])),
       faultCapable: settings.faultCapable ? [settings.devices] : [],
       faultMayFail: () => this.checks.faultMayFail(),
+      claims: this.#claims,
       passInterval: milliseconds(settings.interval),
       harvestInterval: milliseconds(settings.harvestInterval),
       harvestSlice: settings.harvestSlice,
@@ -361,6 +370,9 @@ export class World {
     this.checks.accounts(tracker.frames(), tracker.pinned, this.#memory.regions, (gfn) =>
       this.#gate.allows(gfn as Gfn),
     );
+    // Where a hostile guest's domains lead to, nobody knows beforehand.
+    if (!this.settings.hostile || this.settings.remapping === "none")
+      this.#claims.check(tracker.frames(), this.#counters.framesClaimed, countUnused(this.#iommu));
     this.#arrival.check();
     if (this.#guest.draining) return;
     this.#balloon.between(this.#backend.passes);

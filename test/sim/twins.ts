@@ -11,6 +11,7 @@ import { DmaTrackingTable, NO_UNIT, type Unit } from "../../src/tracking/dtt.ts"
 import { SoftwareIommu } from "../../src/tracking/software-iommu.ts";
 import type { TrackingCounters } from "../../src/tracking/tracker.ts";
 import { TU_COUNT, TU_DIRTY, TU_PINNED, TU_WRITABLE } from "../../src/wire/dtt.ts";
+import { claimTwins } from "./twins-of-claims.ts";
 import { domainTwins } from "./twins-of-domains.ts";
 import { faultTwins } from "./twins-of-faults.ts";
 
@@ -386,6 +387,7 @@ export const twins: Readonly<Record<string, BrokenTwin>> = {
   },
   ...domainTwins,
   ...faultTwins,
+  ...claimTwins,
   "a guest without a driver that is not pinned": {
     twin: { backend: { makeTracker: (...args) => new PatientTracker(...args) } },
     found: /no driver was there in time/,
