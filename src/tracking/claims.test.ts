@@ -162,6 +162,23 @@ test("what is kept for want of a table is claimed no more; nor is what a new bac
   assert.deepEqual([other.held(9), other.claims()], [[true], [0, 0]]);
 });
 
+test("with everything pinned, a machine reset lets go of nothing, and nothing of it is claimed any more", () => {
+  const m = machine({ beforeActivation: "all" });
+  while (m.tracker.dueAt <= m.clock.now()) m.tracker.live();
+  m.activate();
+  assert.equal(m.map(5, 6), 0);
+  access(m, 5);
+  assert.deepEqual(m.claims(), [2, 1]);
+  m.tracker.machineReset();
+  assert.deepEqual(
+    [m.held(5, 6), m.claims()],
+    [
+      [true, true],
+      [0, 0],
+    ],
+  );
+});
+
 test("a machine reset leaves nothing claimed", () => {
   const m = active();
   assert.equal(m.map(5, 6), 0);

@@ -90,6 +90,11 @@ export class Ledger {
     this.#count(gfn, id, before);
   }
 
+  /** Who had asked for these frames by a table is gone; those that domains need are claimed by them. */
+  disown(): void {
+    for (const gfn of this.#frames) if (this.isClaimed(gfn) && !this.isNeeded(gfn)) this.claim(gfn, NO_TABLE);
+  }
+
   /** Whether the guest has asked for the frame since it was pinned: by a PIN request, or by a MAP. */
   isClaimed(gfn: Gfn): boolean {
     return this.#isClaimed(this.#idOf(gfn));

@@ -184,7 +184,8 @@ export class Tracker {
     this.#passes.stop();
     this.#enter("machine-reset");
     this.remapping.reset(this.#inBackground);
-    if (!this.#inBackground) this.#drop([...this.#ledger.frames()]);
+    if (this.#inBackground) this.#ledger.disown();
+    else this.#drop([...this.#ledger.frames()]);
     this.#pinUnasked();
   }
 
@@ -212,7 +213,12 @@ export class Tracker {
     const event = this.#life.look();
     if (!event) return;
     this.#enter(event);
-    if (event !== "functions-reset" || this.#inBackground) return;
+    if (event !== "functions-reset") return;
+    if (this.#inBackground) {
+      this.#ledger.disown();
+      this.#changed();
+      return;
+    }
     // What domains map stays theirs: the driver has not reset our device.
     this.#drop([...this.#ledger.frames()].filter((gfn) => !this.#ledger.isNeeded(gfn)));
     try {
