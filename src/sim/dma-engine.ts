@@ -125,4 +125,3 @@ export class DmaEngine {
     else throw new Violation(`a device failed: ${error}`);
   }
 }
-
