@@ -3,7 +3,7 @@ import { setImmediate } from "node:timers/promises";
 import { Command } from "commander";
 import { UserError } from "../base/errors.ts";
 import { type Failure, shorten, simulate } from "../sim/simulate.ts";
-import type { WorldStatistics } from "../sim/world.ts";
+import type { WorldStatistics } from "../sim/statistics.ts";
 import { number, plainTable, writeJson } from "./output.ts";
 import { Progress } from "./progress.ts";
 import { parseCount } from "./units.ts";

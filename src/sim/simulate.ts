@@ -1,5 +1,6 @@
 import { type Settings, settingsOf } from "./settings.ts";
-import { type Twin, World, type WorldStatistics } from "./world.ts";
+import type { WorldStatistics } from "./statistics.ts";
+import { type Twin, World } from "./world.ts";
 
 export interface Failure {
   readonly seed: number;

@@ -24,6 +24,7 @@ import { GuestCpu } from "./guest-cpu.ts";
 import { RemappedDevice } from "./remapped-device.ts";
 import { Saboteur } from "./saboteur.ts";
 import { type Settings, settingsOf } from "./settings.ts";
+import type { WorldStatistics } from "./statistics.ts";
 import { kindOf } from "./stray-dma.ts";
 import { Violation } from "./turn.ts";
 import { type Schedule, Turns } from "./turns.ts";
@@ -34,34 +35,6 @@ export interface Twin {
   readonly driver?: Partial<DriverCpu>;
   readonly makeGate?: MakeGate;
   readonly remappedDma?: (options: RemappedDmaOptions) => RemappedDma;
-}
-
-/** What happened in a world, to see that it was not spared anything. */
-export interface WorldStatistics {
-  readonly steps: number;
-  readonly maps: number;
-  readonly mapsFailed: number;
-  readonly pinRequests: number;
-  readonly framesPinned: number;
-  readonly framesUnpinned: number;
-  readonly transfers: number;
-  readonly kicksLost: number;
-  readonly driverRestarts: number;
-  readonly backendDeaths: number;
-  readonly machineResets: number;
-  readonly operatorOrders: number;
-  readonly harvests: number;
-  /** Of a device between the table and a domain. */
-  readonly moves: number;
-  readonly mapRequests: number;
-  readonly unmapRequests: number;
-  /** How often all RAM got pinned, because no driver was there. */
-  readonly allPinned: number;
-  readonly balloonReturns: number;
-  readonly framesFaulted: number;
-  readonly faultsReported: number;
-  readonly faultsDropped: number;
-  readonly framesNeverTransferred: number;
 }
 
 /** RAM in two pieces: one reaches into firmware's window below 1 MiB, one across the end of a leaf of the table. */
