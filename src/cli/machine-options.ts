@@ -1,12 +1,14 @@
 import { type Command, Option } from "commander";
+import { UserError } from "../base/errors.ts";
 import type { Nanoseconds } from "../base/units.ts";
 import type { PinnerName } from "../control/host-side.ts";
 import type { RunOptions } from "../control/run.ts";
-import type { Strategy } from "../control/strategy.ts";
+import { isRemapping, type Strategy } from "../control/strategy.ts";
 import { parseWorkload, type Workload } from "../control/workload.ts";
 import { FIO_USAGE, GPU_USAGE, NIC_USAGE } from "../machine/workload-text.ts";
 import { createPolicy } from "../policy/registry.ts";
 import { BEFORE_ACTIVATION, type BeforeActivation } from "../tracking/life.ts";
+import { FRONT_ENDS, type FrontEndName } from "../virtio/front-end.ts";
 import type { Progress } from "./progress.ts";
 import {
   parseCount,
@@ -58,6 +60,7 @@ export interface MachineOptions extends PinOptions {
   readonly memory: number;
   readonly cpus: number;
   readonly accel: (typeof ACCELS)[number];
+  readonly frontEnd: FrontEndName;
   /** Undefined for the default of the machine. */
   readonly beforeActivation?: BeforeActivation;
   /** Undefined for the default of the machine. */
@@ -125,6 +128,12 @@ export function addMachineOptions(command: Command): Command {
   option("--memory <size>", "guest memory: 512M, 2G", parseMemoryMiB, 1024, "1G");
   option("--cpus <n>", "guest CPUs", parseCount(1, 64), 1);
   option("--accel <name>", "how QEMU runs the guest: auto, tcg, kvm", parseOneOf(ACCELS), "auto");
+  option(
+    "--front-end <name>",
+    "how the guest's driver finds coIOMMU: virtio-iommu, or crosvm (the PCI function of crosvm's; tracking only)",
+    parseOneOf(FRONT_ENDS),
+    "virtio-iommu",
+  );
   addPinOptions(option);
   option(
     "--before-activation <what>",
@@ -153,6 +162,13 @@ export function addMachineOptions(command: Command): Command {
   return command.addHelpText("after", WORKLOADS);
 }
 
+/** Throws UserError for a strategy that the guest's driver cannot have through this function. */
+export function checkStrategies({ frontEnd }: MachineOptions, strategies: readonly Strategy[]): void {
+  const remapping = strategies.find(isRemapping);
+  if (frontEnd === "crosvm" && remapping !== undefined)
+    throw new UserError(`--front-end crosvm: has no domains, which strategy ${remapping} needs`);
+}
+
 const checkedPolicy = (text: string): string => createPolicy(text) && text;
 
 /** What `run` and `compare` ask for, for one run; what pins depends on the machine. */
@@ -167,6 +183,7 @@ export const runOptions = (
 ): RunOptions => ({
   workload,
   strategy,
+  frontEnd: options.frontEnd,
   pinner,
   memoryMiB: options.memory,
   cpus: options.cpus,

@@ -3,7 +3,7 @@ import { UserError } from "../base/errors.ts";
 import { STRATEGIES, type Strategy } from "../control/strategy.ts";
 import { withApi } from "./api.ts";
 import { prepareMachine } from "./machine-choice.ts";
-import { addMachineOptions, type MachineOptions } from "./machine-options.ts";
+import { addMachineOptions, checkStrategies, type MachineOptions } from "./machine-options.ts";
 import { table, writeJson } from "./output.ts";
 import { Progress } from "./progress.ts";
 import { parseOneOf } from "./units.ts";
@@ -19,6 +19,7 @@ export const runCommand = (): Command =>
         "coiommu",
       ),
   ).action(async (options: MachineOptions & { strategy: Strategy }) => {
+    checkStrategies(options, [options.strategy]);
     const progress = new Progress();
     try {
       const { result, complaints } = await withApi(options.api, progress.warn, async (api) => {

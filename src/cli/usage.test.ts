@@ -39,6 +39,7 @@ for (const [flag, values, form] of [
   ["--memory", ["5", "1X", "100M", "2T", "1.3M", "-1G", ""], /such as 512M or 2G/],
   ["--cpus", ["0", "65", "1.5", "two", ""], /whole number from 1 to 64/],
   ["--accel", ["hvf", ""], /one of auto, tcg, kvm/],
+  ["--front-end", ["vfio", ""], /one of virtio-iommu, crosvm/],
   ["--policy", ["mru", "lru,passes=2", ""], /policy|parameters/],
   ["--interval", ["1", "1h", "5ms", "2d", "-1s"], /such as 1s or 500ms/],
   ["--quota", ["0", "0%", "101%", "1.5", "lots"], /such as 10%/],
@@ -73,6 +74,11 @@ for (const [args, form] of [
   [
     ["run", "--machine", "qemu", "--workload", "nic:mode=fresh"],
     /--workload nic:mode=fresh: needs --machine embedded/,
+  ],
+  [["run", "--front-end", "crosvm", "--strategy", "viommu-lazy"], /--front-end crosvm: .* viommu-lazy/],
+  [
+    ["compare", "--front-end", "crosvm", "--strategies", "coiommu,viommu-strict"],
+    /--front-end crosvm: .* viommu-strict/,
   ],
   [["compare", "--rounds", "0"], /--rounds.*whole number from 1 to 100/],
   [["attach"], /required option '--qmp <socket>' not specified/],

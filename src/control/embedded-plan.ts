@@ -21,7 +21,7 @@ export interface DevicePlan {
   readonly cpus: readonly number[];
 }
 
-/** Slot 3 is our virtio-iommu's, as in a VM. */
+/** Slot 3 is our function's, as in a VM. */
 const FIRST_SLOT = 4;
 const bdfOf = (device: number): Bdf => ((FIRST_SLOT + device) << 3) as Bdf;
 

@@ -3,7 +3,7 @@ import { UserError } from "../base/errors.ts";
 import { FRAME_SIZE } from "../base/units.ts";
 import { DEVICE_COUNTERS, type DeviceCounters } from "../device/counters.ts";
 import { DRIVER_COUNTERS, type DriverCounters } from "../driver/counters.ts";
-import type { DriverPlaces } from "../driver/viommu.ts";
+import type { Places } from "../driver/front-end.ts";
 import { monotonicClock } from "../host/clock.ts";
 import { type WorkerEvent, WorkerHost, workerEntry } from "../machine/commands.ts";
 import type { Attach, CpuData, DriverMode } from "../machine/embedded/cpu.ts";
@@ -33,7 +33,7 @@ const DEVICE_WORKER = workerEntry(import.meta.url, "../machine/embedded/device-w
 
 /**
  * A guest without a VM: its CPUs, its assigned devices and the backend are threads of this process that share its RAM.
- * The same virtio-iommu, tracker and table as behind QEMU, and the same driver as Linux has, in TypeScript.
+ * The same functions, tracker and table as behind QEMU, and the same driver as Linux has, in TypeScript.
  */
 export class EmbeddedMachine implements Machine {
   readonly name = "embedded";
@@ -97,7 +97,7 @@ export class EmbeddedMachine implements Machine {
 
   async boot(): Promise<Booted> {
     const { cpus, driver } = this.#threads;
-    const places = driver ? await cpus[0]!.request<DriverPlaces>("activate") : null;
+    const places = driver ? await cpus[0]!.request<Places>("activate") : null;
     const setups = await this.#onCpus<DeviceSetup | null>(
       "attach",
       (cpu): Attach => ({ places, load: this.#loads[cpu] }),
@@ -211,7 +211,7 @@ class Threads {
 
   #startBackend(pins: SharedArrayBuffer): WorkerHost {
     const { strategy, policy, interval, quota, pinner, faultCapable = false, backendEntry } = this.#options;
-    const { beforeActivation, activationTimeout } = this.#options;
+    const { beforeActivation, activationTimeout, frontEnd = "virtio-iommu" } = this.#options;
     const data = {
       ...{ ram: this.ram.ram, iommu: this.iommu, mailbox: this.#mailbox, bell: this.#backendBell },
       ...{
@@ -219,7 +219,7 @@ class Threads {
         assigned: this.#plan.map(({ endpoint: bdf }, gate) => ({ bdf, gate, faultCapable })),
       },
       ...{ strategy, policy, interval, quota, pinner, beforeActivation, activationTimeout },
-      qemu: false,
+      ...{ frontEnd, qemu: false },
     } satisfies EmbeddedBackendData;
     const entry = backendEntry ?? workerEntry(import.meta.url, "./embedded-backend-worker");
     return this.#worker("the backend", entry, data, this.#backendBell);
@@ -237,7 +237,7 @@ class Threads {
   }
 
   #startCpu(number: number, ofDriver: SharedArrayBuffer): WorkerHost {
-    const { cpus, faultCapable = false } = this.#options;
+    const { cpus, faultCapable = false, frontEnd = "virtio-iommu" } = this.#options;
     const bell = this.#cpuBells[number]!;
     const link = this.#links[this.#deviceOf(number)];
     const data = {
@@ -247,6 +247,7 @@ class Threads {
         link,
         ram: this.ram.ram,
         driver: this.driver,
+        frontEnd,
         mailbox: this.#mailbox,
         bell,
       },

@@ -3,6 +3,7 @@ import { formatBdf } from "../base/units.ts";
 import type { GuestAgent } from "../machine/qemu/agent.ts";
 import type { Guest } from "../machine/qemu/guest.ts";
 import { DISK_BDF } from "./disk.ts";
+import type { MachineOptions } from "./machine.ts";
 import { hasDriver, isRemapping, type Strategy } from "./strategy.ts";
 
 /** What is done inside the guest, beside the workload. */
@@ -22,10 +23,11 @@ export async function loadDrivers(
   agent: GuestAgent,
   guest: Guest,
   strategy: Strategy,
-  faultCapable = false,
+  { faultCapable = false, frontEnd }: Pick<MachineOptions, "faultCapable" | "frontEnd"> = {},
 ): Promise<void> {
   const driven = hasDriver(strategy);
   const parameters = [
+    ...(frontEnd === "crosvm" ? ["crosvm=1"] : []),
     ...(isRemapping(strategy) ? ["remap=all"] : []),
     ...(strategy === "viommu-lazy" ? ["lazy=1"] : []),
     ...(faultCapable ? [`fault_capable=${formatBdf(DISK_BDF)}`] : []),

@@ -28,7 +28,7 @@ function guest() {
   const shared = countersBuffer(TRACKING_COUNTERS);
   const host = new HostSide(
     {
-      ...{ iommu, counters: shared, assigned: [], qemu: false },
+      ...{ iommu, counters: shared, assigned: [], frontEnd: "virtio-iommu", qemu: false },
       ...{ strategy: "coiommu", beforeActivation: "none", activationTimeout: Number.POSITIVE_INFINITY },
       ...{ pinner: "software", policy: "lru", interval: milliseconds(1000), quota: Number.POSITIVE_INFINITY },
     },

@@ -18,9 +18,8 @@ import {
   type TrackingCounters,
 } from "../tracking/tracker.ts";
 import type { IdleRange, IdleSlice } from "../tracking/unpin-passes.ts";
-import { gatesOf } from "../virtio/device.ts";
-import { EVENT_QUEUE, VirtioIommu } from "../virtio/iommu.ts";
-import { VirtioPciFunction } from "../virtio/pci.ts";
+import { gatesOf, type PciFunction } from "../virtio/device.ts";
+import { createFrontEnd, type FrontEnd, type FrontEndName } from "../virtio/front-end.ts";
 import type { DirtyCommands } from "./dirty.ts";
 import { ringAddresses } from "./ring-addresses.ts";
 import { hasDriver, type Strategy } from "./strategy.ts";
@@ -44,6 +43,8 @@ export interface HostSideData {
   /** Functions that are tracked from the start. */
   readonly assigned: readonly AssignedFunction[];
   readonly strategy: Strategy;
+  /** Where the guest's driver finds us. */
+  readonly frontEnd: FrontEndName;
   /** Whether this is a QEMU, which has its own idea of a function's addresses. */
   readonly qemu: boolean;
   /** With a driver in the guest. */
@@ -86,18 +87,18 @@ const NO_DRIVER =
 const BEYOND_TABLE = "QEMU shares memory beyond the guest's RAM: no device of ours can reach it";
 
 /**
- * The backend without its loop: the virtio-iommu of one guest and all behind it. Whoever owns it calls work() between
+ * The backend without its loop: the function that one guest finds and all behind it. Whoever owns it calls work() between
  * requests, and sleeps no longer than that says.
  */
 export class HostSide {
   readonly memory = new GuestMemory();
-  readonly function: VirtioPciFunction;
+  readonly function: PciFunction;
   /** The operator's, each no longer than a slice of an unpin pass. */
   readonly commands = {
     setPolicy: (text: string) => this.#tracker.setPolicy(createPolicy(text)),
     setQuota: (frames: number) => {
       this.#tracker.setQuota(frames);
-      this.#device.quotaChanged();
+      this.#frontEnd.quotaChanged();
     },
     park: (parked: boolean) => this.#tracker.parkByOperator(parked),
     unpinIdle: (range: IdleRange) => this.#unpinIdle(range),
@@ -109,7 +110,7 @@ export class HostSide {
   readonly #absent = new Set<Bdf>();
   readonly #pinner: Pinner;
   readonly #tracker: Tracker;
-  readonly #device: VirtioIommu;
+  readonly #frontEnd: FrontEnd;
   readonly #kernelPagesBefore: number | null;
   #nextPass: number;
   #inPass = false;
@@ -150,14 +151,14 @@ export class HostSide {
       },
       ...(openTable && { openTable }),
     });
-    this.#device = new VirtioIommu({
+    this.#frontEnd = createFrontEnd(hasDriver(data.strategy) ? data.frontEnd : "virtio-iommu", {
       memory: this.memory,
       tracker: this.#tracker,
       assigned: this.#assigned,
       pinPage: hasDriver(data.strategy),
       hostError: (error) => this.#hostFailed(error),
     });
-    this.function = new VirtioPciFunction(this.#device, this.memory);
+    this.function = this.#frontEnd.pci;
     this.#nextPass = monotonicClock.now() + data.interval;
   }
 
@@ -166,7 +167,7 @@ export class HostSide {
     const covered = regions.filter(({ gpa, size }) => gpa + size <= this.#iommu.frames * FRAME_SIZE);
     if (covered.length < regions.length) this.#warn(BEYOND_TABLE);
     const range = this.#data.qemu ? ringAddresses(covered) : undefined;
-    if (range) this.#device.setInputRange(range);
+    if (range) this.#frontEnd.setInputRange(range);
     try {
       this.#tracker.setMemory(covered);
     } catch (error) {
@@ -181,7 +182,7 @@ export class HostSide {
    * that is gone had mapped is unpinned as ever: when its driver has unmapped it. It is attached to no domain any more.
    */
   assign({ bdf, gate, faultCapable = false, absent = false }: AssignedFunction): void {
-    this.#reportFaults(); // of what had this gate before
+    this.#frontEnd.reportFaults(); // of what had this gate before
     this.#assigned.set(bdf, gate);
     if (absent) this.#absent.add(bdf);
     else this.#absent.delete(bdf);
@@ -206,12 +207,8 @@ export class HostSide {
 
   /** Answer devices that ask for frames which they touch, and tell the guest of DMA faults. */
   serveDevices(): void {
-    this.#reportFaults();
+    this.#frontEnd.reportFaults();
     this.#iommu.serveRequests((...asked) => this.#tracker.touched(...asked));
-  }
-
-  #reportFaults(): void {
-    this.function.withQueue(EVENT_QUEUE, (queue) => this.#device.reportFaults(queue));
   }
 
   /** At most one slice of what is due, of each kind. Returns for how many ms nothing will be due. */
@@ -314,7 +311,7 @@ export class HostSide {
     return {
       kernelPagesBefore: this.#kernelPagesBefore,
       kernelPagesAfter: this.#releaseAll(),
-      peerErrors: this.function.peerErrors + this.#device.badRequests,
+      peerErrors: this.#frontEnd.peerErrors,
     };
   }
 

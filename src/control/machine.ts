@@ -5,6 +5,7 @@ import type { DeviceCounters } from "../device/counters.ts";
 import type { DriverCounters } from "../driver/counters.ts";
 import type { BeforeActivation } from "../tracking/life.ts";
 import type { TrackingCounters } from "../tracking/tracker.ts";
+import type { FrontEndName } from "../virtio/front-end.ts";
 import type { Balloon } from "./balloon.ts";
 import type { DirtyFrames } from "./dirty.ts";
 import type { PinnerName, Started, Stopped } from "./host-side.ts";
@@ -19,6 +20,8 @@ export interface MachineOptions {
   readonly memoryMiB: number;
   readonly cpus: number;
   readonly strategy: Strategy;
+  /** The PCI function at which guest and host meet; by default the virtio-iommu. */
+  readonly frontEnd?: FrontEndName;
   readonly policy: string;
   readonly interval: Nanoseconds;
   readonly quota: number;

@@ -17,6 +17,7 @@ import type { MachineEnd, MachineOptions } from "./machine.ts";
 
 type Settings =
   | "strategy"
+  | "frontEnd"
   | "policy"
   | "interval"
   | "quota"
@@ -129,7 +130,7 @@ export class Parts {
     this.pins = counters(TRACKING_COUNTERS, pins);
     this.failed.promise.catch(() => {});
     const { strategy, pinner, policy, interval, quota, assigned } = options;
-    const { beforeActivation, activationTimeout } = options;
+    const { beforeActivation, activationTimeout, frontEnd = "virtio-iommu" } = options;
     const wake = EventFd.create();
     this.backendWorker = this.#worker(
       "the backend",
@@ -137,14 +138,14 @@ export class Parts {
       {
         ...{ wakeFd: wake.fd, socketFd: iommuFd, touchFd: this.#touch.fd, iommu: this.iommuTable },
         ...{ counters: pins, assigned, strategy, pinner, policy, interval, quota },
-        ...{ beforeActivation, activationTimeout, qemu: true },
+        ...{ beforeActivation, activationTimeout, frontEnd, qemu: true },
       } satisfies BackendData,
       wake,
       (error) => this.failed.reject(error),
     );
   }
 
-  /** QEMU's end of the virtio-iommu's socket. */
+  /** QEMU's end of the socket of the function that the guest's driver finds. */
   takeIommuFd(): number {
     return this.#iommuSocket.take();
   }

@@ -32,7 +32,7 @@ import { describeHost, type RunResult } from "./result.ts";
 import { hasDriver, isRemapping } from "./strategy.ts";
 import { runWorkload, type Workload } from "./workload.ts";
 
-/** Our virtio-iommu comes before what it tracks, so that its driver is active when theirs bind. */
+/** Our function comes before what it tracks, so that its driver is active when theirs bind. */
 const IOMMU_SLOT = 3;
 /** RAM above the PCI hole starts at 4 GiB, so GFNs reach at most this far beyond the RAM's size. */
 const PCI_HOLE_FRAMES = 2 ** 32 / FRAME_SIZE;
@@ -53,7 +53,7 @@ export interface VmOptions extends MachineOptions {
 const USERSPACE_MS = 90_000;
 
 /**
- * A QEMU with our virtio-iommu and our assigned disk, the threads that serve them, and what they count. Started with
+ * A QEMU with our function and our assigned disk, the threads that serve them, and what they count. Started with
  * the guest paused: `resume()` lets it run.
  */
 export class Vm implements Machine {
@@ -130,8 +130,8 @@ export class Vm implements Machine {
   async boot(): Promise<Booted> {
     const kernel = await this.qemu.agent.hello(USERSPACE_MS);
     const userspaceAt = monotonicClock.now();
-    const { guest, strategy, faultCapable } = this.#options;
-    await loadDrivers(this.qemu.agent, guest, strategy, faultCapable);
+    const { guest, strategy } = this.#options;
+    await loadDrivers(this.qemu.agent, guest, strategy, this.#options);
     return { kernel, userspaceAt };
   }
 

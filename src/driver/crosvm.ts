@@ -24,6 +24,7 @@ import type { Cpu } from "./cpu.ts";
 import { type PinRequester, TrackedDma } from "./dma.ts";
 import { type DmaApi, DmaMapFailed, type PageAllocator } from "./dma-api.ts";
 import type { FrameRange } from "./pin-requests.ts";
+import { surveyTable, type TableUse } from "./survey.ts";
 import { buildTable, type TableGeometry } from "./table.ts";
 import { TrackingUnits } from "./units.ts";
 import type { DriverCpu } from "./viommu.ts";
@@ -81,6 +82,10 @@ export class CrosvmDriver {
       Number(this.#on.pciFunction.barRead(barAddress(COIOMMU_TOPOLOGYMAP_BAR) + 2 * index, 2));
     const count = Math.min(read(0), COIOMMU_BAR_SIZE / 2 - 1);
     return Array.from({ length: count }, (_, i) => read(i + 1) as Bdf);
+  }
+
+  survey(): TableUse {
+    return surveyTable(this.#on.memory, this.#units);
   }
 
   /** The DMA API of a function. */

@@ -8,11 +8,11 @@ import { framesOf, type Mapping } from "../tracking/mapping-trees.ts";
 import { SoftwareIommu } from "../tracking/software-iommu.ts";
 import { Tracker, type TrackerOptions, type TrackingCounters } from "../tracking/tracker.ts";
 import type { Assigned } from "../virtio/device.ts";
+import { createFrontEnd, type FrontEnd, type FrontEndName } from "../virtio/front-end.ts";
 import { VIRTIO_IOMMU_S_OK } from "../wire/virtio-iommu.ts";
 import type { Bus } from "./bus.ts";
 import { ClaimsModel } from "./claims-model.ts";
 import { FakeHost, type HostFaults, type HostObserver } from "./fake-host.ts";
-import type { FrontEnd, Served } from "./front-end.ts";
 import { HostTurn } from "./host-turn.ts";
 import { SteppedMemory, SteppedWords } from "./stepped-memory.ts";
 import { Violation } from "./turn.ts";
@@ -23,7 +23,7 @@ export interface BackendOptions {
   readonly memory: GuestMemory;
   readonly iommu: SharedArrayBuffer;
   readonly bus: Bus;
-  readonly frontEnd: FrontEnd;
+  readonly frontEnd: FrontEndName;
   readonly policy: () => UnpinPolicy;
   /** When it starts; operators change it by orders. */
   readonly quota: () => number;
@@ -79,7 +79,7 @@ export class Backend implements Actor {
   #memory: GuestMemory;
   #iommu: SoftwareIommu;
   #tracker: CheckedTracker;
-  #served: Served;
+  #frontEnd: FrontEnd;
   #job: (() => void) | undefined;
   readonly #orders: ((tracker: Tracker) => void)[] = [];
   #rung = false;
@@ -104,7 +104,12 @@ export class Backend implements Actor {
     const makeHost = options.makeHost ?? ((...args) => new FakeHost(...args));
     this.host = makeHost(this.#turn, options.faults, options.observer);
     const started = this.#start();
-    ({ memory: this.#memory, iommu: this.#iommu, tracker: this.#tracker, served: this.#served } = started);
+    ({
+      memory: this.#memory,
+      iommu: this.#iommu,
+      tracker: this.#tracker,
+      frontEnd: this.#frontEnd,
+    } = started);
     this.#job = () => this.#tracker.setMemory(options.memory.regions);
   }
 
@@ -123,7 +128,7 @@ export class Backend implements Actor {
   }
 
   resetMachine(): void {
-    this.#job = () => this.#served.pci.reset();
+    this.#job = () => this.#frontEnd.pci.reset();
   }
 
   ready(): boolean {
@@ -170,7 +175,7 @@ export class Backend implements Actor {
   #nextJob(): () => void {
     const { bus, kickLost, passInterval, turns } = this.#o;
     if (bus.pending.length > 0)
-      return () => bus.deliver(this.#served.pci, bus.pending[0]!.kick && kickLost());
+      return () => bus.deliver(this.#frontEnd.pci, bus.pending[0]!.kick && kickLost());
     // A slice of what is due follows, as in HostSide.work(), however often devices ring.
     const owed = this.#answered && this.#lifeDue;
     this.#answered = false;
@@ -178,7 +183,7 @@ export class Backend implements Actor {
       return () => {
         this.#rung = false;
         this.#answered = true;
-        this.#o.reportFaults(() => this.#served.reportFaults());
+        this.#o.reportFaults(() => this.#frontEnd.reportFaults());
         this.#iommu.serveRequests((...asked) => this.#tracker.touched(...asked));
       };
     const order = this.#orders.shift();
@@ -213,7 +218,12 @@ export class Backend implements Actor {
     this.#orders.length = 0;
     this.#o.bus.drop();
     const started = this.#start();
-    ({ memory: this.#memory, iommu: this.#iommu, tracker: this.#tracker, served: this.#served } = started);
+    ({
+      memory: this.#memory,
+      iommu: this.#iommu,
+      tracker: this.#tracker,
+      frontEnd: this.#frontEnd,
+    } = started);
     this.#inPass = this.#inHarvest = false;
     this.#rung = true; // for what the one that died has not answered
     this.#job = () => {
@@ -252,7 +262,10 @@ export class Backend implements Actor {
       this.#o.claims,
     );
     if (this.#o.harvestInterval < Number.POSITIVE_INFINITY) tracker.dirty.start();
-    return { memory, iommu, tracker, served: this.#o.frontEnd.serve({ memory, tracker, assigned }) };
+    const frontEnd = createFrontEnd(this.#o.frontEnd, {
+      ...{ memory, tracker, assigned, pinPage: true, hostError: () => {} },
+    });
+    return { memory, iommu, tracker, frontEnd };
   }
 }
 

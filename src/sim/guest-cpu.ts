@@ -11,6 +11,7 @@ import {
   type DmaSegment,
   type PageAllocator,
 } from "../driver/dma-api.ts";
+import type { FrontEndDriver, Places } from "../driver/front-end.ts";
 import { FramePool } from "../driver/pages.ts";
 import { LazyQueue, RemappedDma, type RemappedDmaOptions } from "../driver/remapped-dma.ts";
 import type { DriverCpu } from "../driver/viommu.ts";
@@ -18,7 +19,6 @@ import { counters } from "../memory/counters.ts";
 import { VIRTIO_IOMMU_S_DEVERR, VIRTIO_IOMMU_S_IOERR, VIRTIO_IOMMU_S_NOMEM } from "../wire/virtio-iommu.ts";
 import type { Balloon } from "./balloon.ts";
 import type { DmaEngine, Job } from "./dma-engine.ts";
-import type { FrontEndDriver, Places } from "./front-end.ts";
 import type { Guest } from "./guest.ts";
 import type { Mapping } from "./mapping.ts";
 import { type Operation, Process } from "./process.ts";

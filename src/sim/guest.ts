@@ -1,11 +1,11 @@
 import { type Bdf, FRAME_SIZE } from "../base/units.ts";
+import type { FrontEndDrivers, Places } from "../driver/front-end.ts";
 import type { GuestMemory } from "../memory/guest-memory.ts";
 import type { Balloon } from "./balloon.ts";
 import type { Bus } from "./bus.ts";
 import type { Checks } from "./checks.ts";
 import type { DmaEngine } from "./dma-engine.ts";
 import type { FaultChecks, LiveEventQueue } from "./fault-checks.ts";
-import type { FrontEnd, Places } from "./front-end.ts";
 import type { RemappedDevice } from "./remapped-device.ts";
 import type { Turns } from "./turns.ts";
 
@@ -43,7 +43,7 @@ export interface GuestParts {
   readonly bus: Bus;
   readonly checks: Checks;
   readonly faults: FaultChecks;
-  readonly frontEnd: FrontEnd;
+  readonly frontEnd: FrontEndDrivers;
   readonly endpoint: Bdf;
   /** A device that moves between the table and a domain. */
   readonly remapped: RemappedDevice | undefined;

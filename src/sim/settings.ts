@@ -1,12 +1,12 @@
 import { type Random, random } from "../base/random.ts";
 import type { BeforeActivation } from "../tracking/life.ts";
+import type { FrontEndName } from "../virtio/front-end.ts";
 import { AT_ONCE, lifeOf } from "./driver-arrival.ts";
-import type { FRONT_ENDS } from "./front-end.ts";
 
 /** How a world is made: everything that a seed decides, beside the schedule. */
 export interface Settings {
   /** The PCI function that guest and backend meet at. */
-  readonly frontEnd: keyof typeof FRONT_ENDS;
+  readonly frontEnd: FrontEndName;
   readonly cpus: number;
   readonly devices: number;
   /** Frames that buffers lie in: the fewer, the more CPUs and the unpinner meet in one. */

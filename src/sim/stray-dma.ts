@@ -1,5 +1,6 @@
 import type { Random } from "../base/random.ts";
 import { FRAME_SIZE, type Iova } from "../base/units.ts";
+import type { FrontEndDriver } from "../driver/front-end.ts";
 import {
   VIRTIO_IOMMU_FAULT_R_DOMAIN,
   VIRTIO_IOMMU_FAULT_R_MAPPING,
@@ -7,7 +8,6 @@ import {
 } from "../wire/virtio-iommu.ts";
 import type { DmaEngine, Job } from "./dma-engine.ts";
 import type { MetFault } from "./fault-checks.ts";
-import type { FrontEndDriver } from "./front-end.ts";
 import type { Guest } from "./guest.ts";
 import type { Operation } from "./process.ts";
 

@@ -1,6 +1,7 @@
 import { type Random, random } from "../base/random.ts";
 import { type Bdf, FRAME_SIZE, type Gfn, type Gpa, milliseconds } from "../base/units.ts";
 import type { DriverCounters } from "../driver/counters.ts";
+import { DRIVERS } from "../driver/front-end.ts";
 import type { RemappedDma, RemappedDmaOptions } from "../driver/remapped-dma.ts";
 import type { DriverCpu } from "../driver/viommu.ts";
 import { counters, countersBuffer } from "../memory/counters.ts";
@@ -18,7 +19,6 @@ import { DmaEngine, type MakeGate } from "./dma-engine.ts";
 import { DriverArrival } from "./driver-arrival.ts";
 import { type FakeHost, HOST_BASE } from "./fake-host.ts";
 import { FaultChecks } from "./fault-checks.ts";
-import { FRONT_ENDS } from "./front-end.ts";
 import { Guest } from "./guest.ts";
 import { GuestCpu } from "./guest-cpu.ts";
 import { RemappedDevice } from "./remapped-device.ts";
@@ -205,7 +205,7 @@ export class World {
         bus: this.#bus,
         checks,
         faults: this.#faults,
-        frontEnd: FRONT_ENDS[settings.frontEnd],
+        frontEnd: DRIVERS[settings.frontEnd],
         endpoint: ENDPOINT,
         remapped: settings.remapping === "none" ? undefined : this.#remappedDevice(),
         engines: this.#engines,
@@ -262,7 +262,7 @@ export class World {
       memory: this.#memory,
       iommu: this.#iommu,
       bus: this.#bus,
-      frontEnd: FRONT_ENDS[settings.frontEnd],
+      frontEnd: settings.frontEnd,
       policy: () => new LruPolicy(),
       quota: () => this.#quota,
       beforeActivation: settings.beforeActivation,

@@ -16,11 +16,12 @@ const LIST = 0x2_0000;
 /** The function with its BARs mapped, and a table that is not activated yet. */
 function fixture(quota = Number.POSITIVE_INFINITY) {
   const m = machine({ quota });
+  const assigned = new Map([[DISK as Bdf, 0]]);
   for (const gfn of [0, 1024]) m.table.unit(gfn);
   const device = new CrosvmFunction({
     memory: m.memory,
     tracker: m.tracker,
-    assigned: new Map([[DISK as Bdf, 0]]),
+    assigned,
     hostError: (error) => assert.fail(error),
   });
   [MMIO, SLOTS, TOPOLOGY].forEach((address, i) => void device.configWrite(barRegister(2 * i), 4, address));
@@ -29,6 +30,7 @@ function fixture(quota = Number.POSITIVE_INFINITY) {
   return {
     ...m,
     device,
+    assigned,
     register,
     activateHere(root: number = m.table.root, levels: number | bigint = 2) {
       register("dttRoot", root);
@@ -79,6 +81,15 @@ test("the topology BAR has the number of assigned functions and then each; write
   assert.deepEqual([device.barRead(TOPOLOGY, 2), device.barRead(TOPOLOGY + 2, 2)], [1n, BigInt(DISK)]);
   device.barWrite(TOPOLOGY, 2, 9n);
   assert.deepEqual([device.barRead(TOPOLOGY, 2), device.peerErrors], [1n, 1]);
+});
+
+test("the topology BAR follows functions that come and go", () => {
+  const { device, assigned } = fixture();
+  const read = () => [0, 1, 2, 3].map((i) => Number(device.barRead(TOPOLOGY + 2 * i, 2)));
+  assigned.set(0x28 as Bdf, 1);
+  assert.deepEqual(read(), [2, DISK, 0x28, 0]);
+  assigned.delete(DISK as Bdf);
+  assert.deepEqual(read(), [1, 0x28, 0, 0]);
 });
 
 for (const [what, root, levels] of [

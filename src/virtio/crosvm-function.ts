@@ -51,15 +51,11 @@ export class CrosvmFunction implements PciFunction {
   readonly #config = configSpace();
   readonly #registers = new Uint8Array(CoiommuRegisters.size);
   readonly #slots = new Uint8Array(COIOMMU_BAR_SIZE);
-  readonly #topology = new Uint8Array(COIOMMU_BAR_SIZE);
   /** Accesses and requests that a correct driver never makes. */
   peerErrors = 0;
 
   constructor(options: CrosvmFunctionOptions) {
     this.#o = options;
-    const bdfs = [...options.assigned.keys()].slice(0, COIOMMU_BAR_SIZE / 2 - 1);
-    putUint(this.#topology, 0, 2, BigInt(bdfs.length));
-    bdfs.forEach((bdf, i) => void putUint(this.#topology, 2 * (i + 1), 2, BigInt(bdf)));
   }
 
   configRead(offset: number, size: number): number {
@@ -86,7 +82,7 @@ export class CrosvmFunction implements PciFunction {
       case COIOMMU_NOTIFYMAP_BAR:
         return getUint(this.#slots, offset, size);
       case COIOMMU_TOPOLOGYMAP_BAR:
-        return getUint(this.#topology, offset, size);
+        return getUint(this.#topology(), offset, size);
       default:
         return 0n;
     }
@@ -115,6 +111,15 @@ export class CrosvmFunction implements PciFunction {
       if (!(error instanceof HostError)) throw error;
       hostError(error);
     }
+  }
+
+  /** Functions come and go. */
+  #topology(): Uint8Array {
+    const topology = new Uint8Array(COIOMMU_BAR_SIZE);
+    const bdfs = [...this.#o.assigned.keys()].slice(0, COIOMMU_BAR_SIZE / 2 - 1);
+    putUint(topology, 0, 2, BigInt(bdfs.length));
+    bdfs.forEach((bdf, i) => void putUint(topology, 2 * (i + 1), 2, BigInt(bdf)));
+    return topology;
   }
 
   /** mpqemu gives absolute addresses; while the BARs are unmapped, 0-based ones, which can only mean the registers. */

@@ -5,6 +5,7 @@ import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { test } from "node:test";
 import type { CompareResult, RunResult } from "../../src/control/result.ts";
+import { FRONT_ENDS } from "../../src/virtio/front-end.ts";
 import { Cli, complaint } from "../support/cli.ts";
 import { fieldDifferences } from "../support/result-fields.ts";
 
@@ -42,7 +43,7 @@ function checkSound({ workload, dma, maps, pins, strategy, guest, kernel }: RunR
 }
 
 const READ = "fio:rw=randread,bs=4k,iodepth=16,seconds=1,size=8M";
-for (const [strategy, workload] of [
+for (const [strategy, workload, frontEnd = "virtio-iommu"] of [
   ["none", READ],
   ["static", READ],
   ["none", "nic:mode=recycled,seconds=1"],
@@ -56,9 +57,15 @@ for (const [strategy, workload] of [
   ["coiommu", "fio:rw=randrw,bs=16k,iodepth=4,seconds=1,size=8M"],
   ["coiommu", "nic:mode=fresh,traffic=loopback,seconds=1"],
   ["coiommu", "gpu:buffers=2,size=2M,hold=200,seconds=1"],
+  ["none", READ, "crosvm"],
+  ["static", READ, "crosvm"],
+  ["coiommu", READ, "crosvm"],
+  ["coiommu", "fio:rw=randrw,bs=16k,iodepth=4,seconds=1,size=8M", "crosvm"],
+  ["coiommu", "nic:mode=fresh,traffic=loopback,seconds=1", "crosvm"],
+  ["coiommu", "gpu:buffers=2,size=2M,hold=200,seconds=1", "crosvm"],
 ] as const)
-  test(`${strategy}, ${workload}: nothing is lost, and the JSON is that of a VM`, async () => {
-    const run = await result("--strategy", strategy, "--workload", workload);
+  test(`${strategy}, ${workload}, ${frontEnd}: nothing is lost, and the JSON is that of a VM`, async () => {
+    const run = await result("--strategy", strategy, "--workload", workload, "--front-end", frontEnd);
     checkSound(run);
     assert.deepEqual(fieldDifferences(run), []);
     assert.ok(run.workload.ops! > 0 && run.workload.verified === true && run.dma.bytes > 0);
@@ -110,26 +117,24 @@ test("the check of the JSON's fields finds one too many and one too few", async 
   ]);
 });
 
-for (const workload of ["fio:rw=randrw,seconds=1,size=8M", "nic:mode=half,traffic=loopback,seconds=1"])
-  test(`several CPUs: ${workload}`, async () => {
-    const run = await result("--cpus", "3", "--workload", workload);
-    checkSound(run);
-    assert.equal(run.workload.verified, true);
-  });
+for (const frontEnd of FRONT_ENDS) {
+  for (const workload of ["fio:rw=randrw,seconds=1,size=8M", "nic:mode=half,traffic=loopback,seconds=1"])
+    test(`several CPUs, ${frontEnd}: ${workload}`, async () => {
+      const run = await result("--cpus", "3", "--workload", workload, "--front-end", frontEnd);
+      checkSound(run);
+      assert.equal(run.workload.verified, true);
+    });
 
-test("a quota that is too small for the workload is reached, refuses pins, and nothing is lost", async () => {
-  const run = await result(
-    "--quota",
-    "512",
-    "--workload",
-    "fio:rw=randrw,bs=64k,iodepth=32,seconds=1,size=16M",
-  );
-  checkSound(run);
-  assert.ok(run.pins.refused! > 0, "some pins were refused");
-  const { framesPeak, quotaFrames, framesClaimed, framesNeverTransferred } = run.pins;
-  assert.deepEqual([run.workload.verified, quotaFrames, framesPeak], [true, 512, 512]);
-  assert.ok(framesNeverTransferred! <= framesClaimed! / 20, "what it has it uses");
-});
+  test(`a quota that is too small for the workload is reached, refuses pins, and nothing is lost: ${frontEnd}`, async () => {
+    const workload = "fio:rw=randrw,bs=64k,iodepth=32,seconds=1,size=16M";
+    const run = await result("--quota", "512", "--workload", workload, "--front-end", frontEnd);
+    checkSound(run);
+    assert.ok(run.pins.refused! > 0, "some pins were refused");
+    const { framesPeak, quotaFrames, framesClaimed, framesNeverTransferred } = run.pins;
+    assert.deepEqual([run.workload.verified, quotaFrames, framesPeak], [true, 512, 512]);
+    assert.ok(framesNeverTransferred! <= framesClaimed! / 20, "what it has it uses");
+  });
+}
 
 test("an image is the disk's backing, and keeps its size", async (t) => {
   const directory = mkdtempSync(join(tmpdir(), "coiommu-test-"));

@@ -16,9 +16,9 @@ export async function bootedVm(
   { load = true, ...overrides }: Partial<VmOptions> & { load?: boolean } = {},
 ): Promise<Vm> {
   const vm = await startedVm(t, overrides);
-  const { strategy = "coiommu", faultCapable } = overrides;
+  const { strategy = "coiommu" } = overrides;
   await vm.qemu.agent.hello(90_000);
-  if (load) await loadDrivers(vm.qemu.agent, overrides.guest ?? (await guestOf(t)), strategy, faultCapable);
+  if (load) await loadDrivers(vm.qemu.agent, overrides.guest ?? (await guestOf(t)), strategy, overrides);
   return vm;
 }
 

@@ -4,14 +4,16 @@ import { DRIVER_COUNTERS } from "../../driver/counters.ts";
 import { DirectDma } from "../../driver/dma.ts";
 import type { DmaApi } from "../../driver/dma-api.ts";
 import { FaultCapableDma } from "../../driver/fault-capable-dma.ts";
+import { DRIVERS, type FrontEndDriver, type FrontEndDrivers, type Places } from "../../driver/front-end.ts";
 import { FramePool, RunPool } from "../../driver/pages.ts";
 import { LazyQueue, RemappedDma } from "../../driver/remapped-dma.ts";
-import { type DriverCpu, type DriverPlaces, GuestDriver } from "../../driver/viommu.ts";
+import type { DriverCpu } from "../../driver/viommu.ts";
 import { monotonicClock } from "../../host/clock.ts";
 import { Bell } from "../../memory/bell.ts";
 import { counters } from "../../memory/counters.ts";
 import { GuestMemory } from "../../memory/guest-memory.ts";
 import { MailboxFunction } from "../../transport/mailbox.ts";
+import type { FrontEndName } from "../../virtio/front-end.ts";
 import { CommandServer, type WorkerBase } from "../commands.ts";
 import type { DeviceSetup } from "./device.ts";
 import { createLoad, type DeviceLink, type Load, type LoadSpec } from "./load.ts";
@@ -42,8 +44,10 @@ export interface CpuData {
   readonly number: number;
   readonly cpus: number;
   readonly ram: GuestRam;
-  /** What its driver of the virtio-iommu does; null: there is none. */
+  /** What its driver of our function does; null: there is none. */
   readonly driver: DriverMode | null;
+  /** Which function that is. */
+  readonly frontEnd: FrontEndName;
   /** Its device is fault-capable. */
   readonly faultCapable: boolean;
   readonly mailbox: SharedArrayBuffer;
@@ -58,7 +62,7 @@ export interface CpuData {
 /** To each CPU, when the one that boots has made the table. */
 export interface Attach {
   /** Null when nothing is tracked. */
-  readonly places: DriverPlaces | null;
+  readonly places: Places | null;
   /** What it will do for the workload. */
   readonly load: LoadSpec | undefined;
 }
@@ -70,13 +74,15 @@ export class CpuThread {
   readonly #commands: CommandServer;
   readonly #on: DriverCpu;
   readonly #pages: FramePool;
-  #driver: GuestDriver | undefined;
+  readonly #drivers: FrontEndDrivers;
+  #driver: FrontEndDriver | undefined;
   #remapped: RemappedDma | undefined;
   #load: Load | undefined;
 
   constructor(data: CpuData & WorkerBase) {
     this.#data = data;
     const { number, cpus, ram, mailbox } = data;
+    this.#drivers = DRIVERS[data.frontEnd];
     this.#bell = new Bell(data.bell);
     const backend = new Bell(data.backendBell);
     const memory = new GuestMemory([ramRegion(ram)]);
@@ -107,15 +113,14 @@ export class CpuThread {
     }
   }
 
-  /** On the CPU that boots: find the virtio-iommu, and turn PIN on. */
-  #activate(): DriverPlaces {
-    this.#driver = GuestDriver.activate(this.#on, this.#pages, this.#data.cpus);
-    return this.#driver.places;
+  /** On the CPU that boots: find our function, and turn tracking on. */
+  #activate(): Places {
+    return this.#drivers.activate(this.#on, this.#pages, this.#data.cpus);
   }
 
   #attach({ places, load }: Attach): DeviceSetup | null {
     const { link, number } = this.#data;
-    if (places) this.#driver ??= new GuestDriver(this.#on, places);
+    if (places) this.#driver = this.#drivers.open(this.#on, number, places);
     if (!link || !load) return null;
     this.#load = createLoad(load, link, {
       memory: this.#on.memory,
@@ -136,6 +141,7 @@ export class CpuThread {
       return faultCapable ? new FaultCapableDma(direct, tracked) : tracked;
     }
     const { domains } = this.#driver;
+    if (!domains) throw new UserError(`the front end ${this.#data.frontEnd} has no domains`);
     // Of each CPU that uses the device: the first one makes the domain.
     domains.attach(endpoint, endpoint);
     const queue = new LazyQueue();
@@ -149,7 +155,7 @@ export class CpuThread {
 
   /** The CPU that boots counts what devices report. */
   #pollFaults(): void {
-    if (this.#data.number === 0) this.#driver?.pollFaults();
+    if (this.#data.number === 0) this.#driver?.pollFaults?.();
   }
 
   /** Mappings that the workload has left. */

@@ -1,28 +1,26 @@
 import type { Bdf, Gpa } from "../base/units.ts";
-import { CrosvmDriver, type CrosvmPlaces } from "../driver/crosvm.ts";
-import type { TrackedDma } from "../driver/dma.ts";
-import type { DmaApi, PageAllocator } from "../driver/dma-api.ts";
-import type { DomainRequests } from "../driver/domain-requests.ts";
-import type { TableGeometry } from "../driver/table.ts";
-import { type DriverCpu, type DriverPlaces, GuestDriver } from "../driver/viommu.ts";
-import { VirtioPciDriver } from "../driver/virtio-pci.ts";
-import type { GuestMemory } from "../memory/guest-memory.ts";
-import type { Tracker } from "../tracking/tracker.ts";
-import { CrosvmFunction } from "../virtio/crosvm-function.ts";
-import type { Assigned, PciFunction } from "../virtio/device.ts";
-import { EVENT_QUEUE, VirtioIommu } from "../virtio/iommu.ts";
-import { VirtioPciFunction } from "../virtio/pci.ts";
+import type { FrontEndName } from "../virtio/front-end.ts";
 import { Config } from "../wire/virtio-iommu.ts";
+import { CrosvmDriver, type CrosvmPlaces } from "./crosvm.ts";
+import type { TrackedDma } from "./dma.ts";
+import type { DmaApi, PageAllocator } from "./dma-api.ts";
+import type { DomainRequests } from "./domain-requests.ts";
+import type { TableUse } from "./survey.ts";
+import type { TableGeometry } from "./table.ts";
+import { type DriverCpu, type DriverPlaces, GuestDriver } from "./viommu.ts";
+import { VirtioPciDriver } from "./virtio-pci.ts";
 
 /** A guest driver on one CPU, whichever function it drives. */
 export interface FrontEndDriver {
   dma(endpoint: Bdf, direct: DmaApi): TrackedDma;
+  survey(): TableUse;
   /** Take the table up again: of a driver that can. */
   restart?(endpoint: Bdf): void;
   /** Of a driver that knows domains. */
   readonly domains?: DomainRequests;
   /** Take the device's fault reports: of a driver that gets some. */
   pollFaults?(): void;
+  /** Whether functions in no domain reach guest memory: of a driver that knows domains. */
   setBypass?(on: boolean): void;
 }
 
@@ -35,30 +33,17 @@ export interface Places<Own = unknown> {
   readonly eventBuffers: number;
 }
 
-/** The backend's side of a function. */
-export interface Served {
-  readonly pci: PciFunction;
-  /** Tell the guest of DMA faults, if the function can. */
-  reportFaults(): void;
-}
-
-/** One of the PCI functions that the backend answers as, and its driver. */
-export interface FrontEnd<Own = unknown> {
-  /** Whether a driver learns why it was refused; otherwise it only sees that P is clear. */
+/** The driver of one of the PCI functions that the backend answers as. */
+export interface FrontEndDrivers<Own = unknown> {
+  /** Whether it learns why it was refused; otherwise it only sees that P is clear. */
   readonly tellsWhy: boolean;
-  serve(o: { memory: GuestMemory; tracker: Tracker; assigned: Assigned }): Served;
   /** On CPU 0. */
   activate(on: DriverCpu, pages: PageAllocator, cpus: number): Places<Own>;
   open(on: DriverCpu, cpu: number, places: Places<Own>): FrontEndDriver;
 }
 
-const virtioIommu: FrontEnd<DriverPlaces> = {
+const virtioIommu: FrontEndDrivers<DriverPlaces> = {
   tellsWhy: true,
-  serve(o) {
-    const device = new VirtioIommu({ ...o, pinPage: true, hostError: () => {} });
-    const pci = new VirtioPciFunction(device, o.memory);
-    return { pci, reportFaults: () => pci.withQueue(EVENT_QUEUE, (queue) => device.reportFaults(queue)) };
-  },
   activate(on, allocator, cpus) {
     const own = GuestDriver.activate(on, allocator, cpus).places;
     const pages = [own.queue.desc, own.events.desc, own.page];
@@ -68,6 +53,7 @@ const virtioIommu: FrontEnd<DriverPlaces> = {
     const driver = new GuestDriver(on, own);
     return {
       dma: (endpoint, direct) => driver.dma(endpoint, direct),
+      survey: () => driver.survey(),
       domains: driver.domains,
       pollFaults: () => driver.pollFaults(),
       setBypass: (bypass) =>
@@ -80,12 +66,8 @@ const virtioIommu: FrontEnd<DriverPlaces> = {
   },
 };
 
-const crosvm: FrontEnd<CrosvmPlaces> = {
+const crosvm: FrontEndDrivers<CrosvmPlaces> = {
   tellsWhy: false,
-  serve: (o) => ({
-    pci: new CrosvmFunction({ ...o, hostError: () => {} }),
-    reportFaults: () => o.tracker.faults.serve(() => false), // it has no event queue
-  }),
   activate(on, pages, cpus) {
     const own = CrosvmDriver.activate(on, pages, cpus).places;
     return { own, table: own.table, pages: own.lists, eventBuffers: 0 };
@@ -93,7 +75,4 @@ const crosvm: FrontEnd<CrosvmPlaces> = {
   open: (on, cpu, { own }) => new CrosvmDriver(on, cpu, own),
 };
 
-export const FRONT_ENDS = { "virtio-iommu": virtioIommu, crosvm } as Record<
-  "virtio-iommu" | "crosvm",
-  FrontEnd
->;
+export const DRIVERS = { "virtio-iommu": virtioIommu, crosvm } as Record<FrontEndName, FrontEndDrivers>;
