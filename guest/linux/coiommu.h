@@ -44,7 +44,7 @@ struct virtqueue;
 	X(pin_status_fault)						\
 	X(pin_status_nomem)						\
 	X(pin_status_unknown)						\
-	X(pin_not_seen)		/* OK, but a frame lacked P */		\
+	X(pin_not_seen)		/* no refusal, but a frame lacked P */		\
 	X(pin_lost)		/* no answer in time, or vq broken */	\
 	X(pin_off)		/* no device that answers */		\
 	X(underflow)		/* unmap of a frame with COUNT 0 */	\
@@ -191,6 +191,8 @@ struct coiommu_turn {
 	unsigned long flags;
 };
 
+int coiommu_await(int (*answered)(void), void (*notify)(void));
+
 void coiommu_turn_begin(struct coiommu_turn *turn);
 int coiommu_turn_send(const void *request, size_t size, void *reply, size_t reply_size);
 int coiommu_turn_await(void);
@@ -226,7 +228,7 @@ struct coiommu_pin {
 	u32 nr_frames;
 };
 
-void coiommu_pin_limit(u32 nr_ranges);
+void coiommu_pin_limit(u32 nr_ranges, u32 nr_frames);
 void coiommu_pin_begin(struct coiommu_pin *pin, u32 endpoint);
 void coiommu_pin_add(struct coiommu_pin *pin, u64 gfn, u64 nr);
 int coiommu_pin_end(struct coiommu_pin *pin);
@@ -303,11 +305,34 @@ extern const struct file_operations coiommu_remap_fops;
 
 int coiommu_remap_init(void);
 
+/* device.c: the function through which the host is asked, of either kind */
+
+/**
+ * struct coiommu_device_ops - what differs between them
+ * @read_assigned: have the bitmap show which functions are assigned now
+ * @turn_on: give the host the table; a message and an errno if it does not take it
+ * @limits: of domains
+ */
+struct coiommu_device_ops {
+	void (*read_assigned)(u8 *assigned);
+	int (*turn_on)(void);
+	const struct coiommu_limits *limits;
+};
+
+int coiommu_device_claim(struct device *dev);
+void coiommu_device_release(struct device *dev);
+int coiommu_device_activate(const struct coiommu_device_ops *device_ops, struct device *dev,
+			    struct device *own);
+void coiommu_device_read_assigned(void);
+const struct coiommu_limits *coiommu_device_limits(void);
+
+/* crosvm.c: the crosvm-compatible function */
+
+int coiommu_crosvm_register(void);
+void coiommu_crosvm_unregister(void);
+
 /* viommu.c: the virtio device */
 
-const struct coiommu_limits *coiommu_viommu_limits(void);
-
-void coiommu_viommu_read_assigned(void);
 int coiommu_viommu_register(void);
 void coiommu_viommu_unregister(void);
 

@@ -79,6 +79,37 @@ static_assert(offsetof(struct virtio_iommu_req_pin, endpoint) == 4);
 static_assert(offsetof(struct virtio_iommu_req_pin, flags) == 8);
 static_assert(offsetof(struct virtio_iommu_req_pin, nr_ranges) == 12);
 
+/* Section 5: the crosvm-compatible PCI function */
+#define COIOMMU_TRIGGERS			24
+#define COIOMMU_BAR_SIZE			8192
+#define COIOMMU_CMD_DEACTIVATE			0
+#define COIOMMU_CMD_ACTIVATE			1
+#define COIOMMU_CMD_PARK_UNPIN			2
+#define COIOMMU_CMD_UNPARK_UNPIN		3
+#define COIOMMU_MMIO_BAR			0
+#define COIOMMU_NOTIFYMAP_BAR			2
+#define COIOMMU_REVISION_ID			16
+#define COIOMMU_TOPOLOGYMAP_BAR			4
+#define PCI_DEVICE_ID_COIOMMU			0xabcd
+#define PCI_VENDOR_ID_COIOMMU			0x1234
+#define COIOMMU_PFN_SIZE			8
+#define COIOMMU_REG_DTT_ROOT			0
+#define COIOMMU_REG_COMMAND			8
+#define COIOMMU_REG_DTT_LEVEL			16
+#define COIOMMU_SLOT_SIZE			8
+#define COIOMMU_PIN_PAGES_IN_BATCH		0x8000000000000000ull
+
+/* nr_pages frame numbers of 64 bits follow. */
+struct pin_pages_info {
+	__le16					bdf;
+	__u8					pad[6];
+	__le64					nr_pages;
+} __packed;
+static_assert(sizeof(struct pin_pages_info) == 16);
+static_assert(offsetof(struct pin_pages_info, bdf) == 0);
+static_assert(offsetof(struct pin_pages_info, pad) == 2);
+static_assert(offsetof(struct pin_pages_info, nr_pages) == 8);
+
 /* The standard's numbers, as the host side has them */
 static_assert(VIRTIO_ID_IOMMU == 23);
 static_assert(sizeof(struct virtio_iommu_req_head) == 4);

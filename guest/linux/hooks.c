@@ -126,7 +126,7 @@ static void stop_remapping(struct coiommu_hook *hook)
 static void start_remapping(struct coiommu_hook *hook)
 {
 	hook->domain = coiommu_domain_create(hook->dev, hook->endpoint,
-					     coiommu_viommu_limits());
+					     coiommu_device_limits());
 	hook->remapped = true;
 	hook->ops = coiommu_remap_ops;
 }
@@ -180,7 +180,7 @@ static void driver_binds(struct device *dev)
 	}
 	/* It may have been plugged since we asked, or be in the place of one that was. */
 	if (phase == PHASE_ON && dev != self)
-		coiommu_viommu_read_assigned();
+		coiommu_device_read_assigned();
 	if (!is_assigned(dev) || !hook_device(dev))
 		goto out;
 

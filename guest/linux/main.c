@@ -16,6 +16,10 @@ static bool lazy;
 module_param(lazy, bool, 0444);
 MODULE_PARM_DESC(lazy, "Remapped functions: UNMAP later, many at once; faster, and not as safe");
 
+static bool crosvm;
+module_param(crosvm, bool, 0444);
+MODULE_PARM_DESC(crosvm, "Drive the crosvm-compatible PCI function instead of a virtio-iommu");
+
 static int __init start_tracking(void)
 {
 	int ret;
@@ -23,7 +27,7 @@ static int __init start_tracking(void)
 	ret = coiommu_remap_init() ?: coiommu_hooks_init();
 	if (ret)
 		return ret;
-	ret = coiommu_viommu_register();
+	ret = crosvm ? coiommu_crosvm_register() : coiommu_viommu_register();
 	if (ret)
 		coiommu_hooks_exit();
 	return ret;
@@ -32,7 +36,10 @@ static int __init start_tracking(void)
 /* Nothing is hooked: each hook holds a reference to the module. */
 static void __exit stop_tracking(void)
 {
-	coiommu_viommu_unregister();
+	if (crosvm)
+		coiommu_crosvm_unregister();
+	else
+		coiommu_viommu_unregister();
 	coiommu_hooks_exit();
 }
 

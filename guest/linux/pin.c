@@ -27,6 +27,7 @@ static struct {
 	u32 nr_ranges;
 	u32 nr_ranges_max;		/* what the device accepts */
 	u32 nr_frames;
+	u32 nr_frames_max;
 } building;
 
 static void count_status(u8 status)
@@ -92,8 +93,8 @@ static int exchange(u32 endpoint)
 }
 
 /*
- * The host says that it has set P in every frame of the request; each mapping
- * must see it before its device may have the address. abi.md section 2.
+ * The host says that it has set P in every frame of the request, or says nothing
+ * (abi.md section 5); each mapping must see it before its device may have the address. abi.md section 2.
  */
 static bool all_pinned(void)
 {
@@ -154,13 +155,14 @@ static void add_frame(struct coiommu_pin *pin, u64 gfn)
 		end = start + le32_to_cpu(range->nr_frames);
 		if (gfn >= start && gfn < end)
 			return;		/* neighbours in a list may share a frame */
-		if (gfn == end) {
+		if (gfn == end && building.nr_frames < building.nr_frames_max) {
 			le32_add_cpu(&range->nr_frames, 1);
 			building.nr_frames++;
 			return;
 		}
 	}
-	if (building.nr_ranges == building.nr_ranges_max) {
+	if (building.nr_ranges == building.nr_ranges_max ||
+	    building.nr_frames == building.nr_frames_max) {
 		flush(pin);
 		if (pin->error)
 			return;
@@ -195,7 +197,7 @@ static const char *reason(const struct coiommu_pin *pin)
 	case -ENODEV:
 		return "no device that answers";
 	case -EPROTO:
-		return "the device says OK, but P is clear";
+		return "the device has answered, but P is clear";
 	default:
 		return "cannot be sent";
 	}
@@ -224,8 +226,9 @@ int coiommu_pin_end(struct coiommu_pin *pin)
 	return pin->error;
 }
 
-/* @nr_ranges: what the device accepts. Caller: there is no channel. */
-void coiommu_pin_limit(u32 nr_ranges)
+/* What the device accepts in a request. Caller: there is no channel. */
+void coiommu_pin_limit(u32 nr_ranges, u32 nr_frames)
 {
+	building.nr_frames_max = nr_frames;
 	building.nr_ranges_max = min_t(u32, nr_ranges, BUFFER_RANGES);
 }

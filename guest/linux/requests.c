@@ -8,10 +8,21 @@
 #define pr_fmt(fmt) KBUILD_MODNAME ": " fmt
 
 #include <linux/gfp.h>
+#include <linux/ktime.h>
 #include <linux/printk.h>
 #include <linux/spinlock.h>
 
 #include "coiommu.h"
+
+/* A host that takes longer is taken for dead: the CPU spins all that time. */
+#define PIN_WAIT_MS		5000
+/*
+ * Notifications get lost: QEMU 7.2 drops an access to an x-pci-proxy-dev while
+ * another CPU has one under way ("Blocked re-entrant IO").
+ */
+#define RENOTIFY_MS		10
+/* How many polls between two looks at the clock, which may be slow to read. */
+#define POLLS_PER_CLOCK		256
 
 static struct {
 	spinlock_t lock;	/* protects all of it, and the channel */
@@ -62,6 +73,37 @@ int coiommu_status_to_errno(u8 status)
 	default:
 		return -EIO;
 	}
+}
+
+/**
+ * coiommu_await - poll for an answer, as channels do
+ * @answered: length of the answer, -EAGAIN while there is none, or an errno
+ * @notify: tell the device once more that there is something to do
+ */
+int coiommu_await(int (*answered)(void), void (*notify)(void))
+{
+	ktime_t deadline = 0, renotify = 0;
+	unsigned int polls = 0;
+	int ret;
+
+	while ((ret = answered()) == -EAGAIN) {
+		ktime_t now;
+
+		cpu_relax();
+		if (polls++ % POLLS_PER_CLOCK)
+			continue;
+		now = ktime_get();
+		if (!deadline)
+			deadline = ktime_add_ms(now, PIN_WAIT_MS);
+		else if (ktime_after(now, renotify))
+			notify();
+		else
+			continue;
+		renotify = ktime_add_ms(now, RENOTIFY_MS);
+		if (ktime_after(now, deadline))
+			return -ETIMEDOUT;
+	}
+	return ret;
 }
 
 /*

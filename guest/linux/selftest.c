@@ -152,7 +152,7 @@ static int start(u32 batch_max)
 	ret = coiommu_dtt_create();
 	if (ret)
 		return ret;
-	coiommu_pin_limit(batch_max);
+	coiommu_pin_limit(batch_max, U32_MAX);
 	ret = coiommu_requests_open(&script);
 	if (!ret)
 		coiommu_requests_enable();

@@ -1,8 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 /* The virtio-iommu device with PIN_PAGE: configuration, control and requests. abi.md section 3. */
-#include <linux/cc_platform.h>
 #include <linux/gfp.h>
-#include <linux/ktime.h>
 #include <linux/module.h>
 #include <linux/scatterlist.h>
 #include <linux/virtio.h>
@@ -10,22 +8,10 @@
 
 #include "coiommu.h"
 
-/* A host that takes longer is taken for dead: the CPU spins all that time. */
-#define PIN_WAIT_MS		5000
-/*
- * Notifications get lost: QEMU 7.2 drops an access to an x-pci-proxy-dev while
- * another CPU has one under way ("Blocked re-entrant IO").
- */
-#define RENOTIFY_MS		10
-/* How many polls between two looks at the clock, which may be slow to read. */
-#define POLLS_PER_CLOCK		256
-
 static struct {
-	atomic_t claimed;	/* one device at a time: there is one table */
 	struct virtio_device *vdev;
 	struct virtqueue *vq;	/* with PIN on, the lock of requests.c protects it */
 	bool kick_due;		/* alike */
-	u8 *assigned;		/* filled by the device */
 	struct coiommu_limits limits;
 } viommu;
 
@@ -43,43 +29,35 @@ static int send_request(const void *request, size_t size, void *reply, size_t re
 }
 
 /* ORDERING: virtqueue_get_buf() has a read barrier; see struct coiommu_channel. */
+static int answered(void)
+{
+	unsigned int len;
+
+	if (virtqueue_get_buf(viommu.vq, &len))
+		return len;
+	return virtqueue_is_broken(viommu.vq) ? -ETIMEDOUT : -EAGAIN;
+}
+
+static void notify(void)
+{
+	coiommu_count(kicks);
+	virtqueue_notify(viommu.vq);
+}
+
 static int await_answer(void)
 {
-	ktime_t deadline = 0, renotify = 0;
-	unsigned int len, polls = 0;
-
 	/* One for all that was sent: each leaves the guest. */
 	if (viommu.kick_due) {
 		viommu.kick_due = false;
 		coiommu_count(kicks);
 		virtqueue_kick(viommu.vq);
 	}
-	while (!virtqueue_get_buf(viommu.vq, &len)) {
-		ktime_t now;
-
-		cpu_relax();
-		if (polls++ % POLLS_PER_CLOCK)
-			continue;
-		now = ktime_get();
-		if (!deadline)
-			deadline = ktime_add_ms(now, PIN_WAIT_MS);
-		else if (ktime_after(now, renotify)) {
-			coiommu_count(kicks);
-			virtqueue_notify(viommu.vq);
-		} else
-			continue;
-		renotify = ktime_add_ms(now, RENOTIFY_MS);
-		if (ktime_after(now, deadline) || virtqueue_is_broken(viommu.vq))
-			return -ETIMEDOUT;
-	}
-	return len;
+	return coiommu_await(answered, notify);
 }
 
 static bool request_returned(void)
 {
-	unsigned int len;
-
-	return virtqueue_get_buf(viommu.vq, &len);
+	return answered() >= 0;
 }
 
 static const struct coiommu_channel channel = {
@@ -92,10 +70,10 @@ static const struct coiommu_channel channel = {
  * Let the device fill the bitmap. A write may be posted; a read is not, and
  * comes after it.
  */
-void coiommu_viommu_read_assigned(void)
+static void read_assigned(u8 *assigned)
 {
 	virtio_cwrite64(viommu.vdev, VIRTIO_IOMMU_CONFIG_ASSIGNED_BITMAP,
-			virt_to_phys(viommu.assigned));
+			virt_to_phys(assigned));
 	virtio_cread8(viommu.vdev, VIRTIO_IOMMU_CONFIG_PIN_STATUS);
 }
 
@@ -109,34 +87,6 @@ static bool set_bypass(struct virtio_device *vdev, u8 bypass)
 		return true;
 	virtio_cwrite8(vdev, at, bypass);
 	return virtio_cread8(vdev, at) == bypass;
-}
-
-/*
- * What has been mapped since before an earlier device was removed has lost its
- * P, and the host may have unpinned it: see viommu_remove(). Any endpoint will
- * do. Each frame is counted up for the time, so that its P stays once set; as if
- * its device could write, because it may have been mapped without PIN_DIRTY.
- */
-static int pin_live_frames(const u64 *gfns, unsigned int nr, void *endpoint)
-{
-	struct coiommu_pin pin;
-	unsigned int i, counted;
-	bool ask = false;
-	int ret = 0;
-
-	for (counted = 0; counted < nr && !ret; counted++)
-		ret = coiommu_dtt_get(gfns[counted], 1, true, &ask);
-	if (ret) {
-		counted--;
-	} else if (ask) {
-		coiommu_pin_begin(&pin, *(u32 *)endpoint);
-		for (i = 0; i < nr; i++)
-			coiommu_pin_add(&pin, gfns[i], 1);
-		ret = coiommu_pin_end(&pin);
-	}
-	for (i = 0; i < counted; i++)
-		coiommu_dtt_put(gfns[i], 1, true);
-	return ret;
 }
 
 /* What domains may be; all of it once, because an access may get lost later: see RENOTIFY_MS. */
@@ -162,16 +112,17 @@ static void read_limits(struct virtio_device *vdev)
 				probe_size, &limits->probe_size);
 }
 
-const struct coiommu_limits *coiommu_viommu_limits(void)
+static int turn_pin_on(void)
 {
-	return &viommu.limits;
-}
-
-static int turn_pin_on(struct virtio_device *vdev)
-{
-	u32 endpoint;
+	struct virtio_device *vdev = viommu.vdev;
 	u8 status;
 
+	coiommu_dtt_mark_writable(virtio_has_feature(vdev, VIRTIO_IOMMU_F_PIN_DIRTY));
+	/* What the table tracks are guest-physical addresses; and nobody is remapped now. */
+	if (!set_bypass(vdev, 1)) {
+		dev_err(&vdev->dev, "the device does not let endpoints bypass translation\n");
+		return -EIO;
+	}
 	virtio_cwrite64(vdev, VIRTIO_IOMMU_CONFIG_DTT_ROOT, coiommu_dtt_root());
 	virtio_cwrite8(vdev, VIRTIO_IOMMU_CONFIG_DTT_LEVELS, coiommu_dtt_levels());
 	virtio_cwrite8(vdev, VIRTIO_IOMMU_CONFIG_PIN_FLAGS, VIRTIO_IOMMU_PIN_FLAG_COMPLETE);
@@ -188,37 +139,14 @@ static int turn_pin_on(struct virtio_device *vdev)
 		dev_err(&vdev->dev, "pinning does not turn on: pin_status 0x%02x\n", status);
 		return -EIO;
 	}
-
-	coiommu_requests_enable();
-	if (!coiommu_hooks_any(&endpoint))
-		return 0;
-	return coiommu_dtt_for_each_live(pin_live_frames, &endpoint);
+	return 0;
 }
 
-static int activate(struct virtio_device *vdev)
-{
-	int ret;
-
-	coiommu_viommu_read_assigned();
-
-	ret = coiommu_dtt_create();
-	if (ret) {
-		dev_err(&vdev->dev, "no tracking table (%d)\n", ret);
-		return ret;
-	}
-	coiommu_dtt_mark_writable(virtio_has_feature(vdev, VIRTIO_IOMMU_F_PIN_DIRTY));
-	ret = coiommu_hooks_begin(viommu.assigned, vdev->dev.parent);
-	/* What the table tracks are guest-physical addresses; and nobody is remapped now. */
-	if (!ret && !set_bypass(vdev, 1)) {
-		dev_err(&vdev->dev, "the device does not let endpoints bypass translation\n");
-		ret = -EIO;
-	}
-	if (!ret)
-		ret = turn_pin_on(vdev);
-	if (ret)
-		coiommu_hooks_end(false);
-	return ret;	/* see viommu_scan() */
-}
+static const struct coiommu_device_ops viommu_ops = {
+	.read_assigned	= read_assigned,
+	.turn_on	= turn_pin_on,
+	.limits		= &viommu.limits,
+};
 
 static int start(struct virtio_device *vdev)
 {
@@ -233,11 +161,6 @@ static int start(struct virtio_device *vdev)
 		return -EINVAL;
 	}
 	viommu.vdev = vdev;
-	/* Contiguous, and aligned to a page. */
-	viommu.assigned = alloc_pages_exact(VIRTIO_IOMMU_ASSIGNED_BITMAP_SIZE,
-					    GFP_KERNEL | __GFP_ZERO);
-	if (!viommu.assigned)
-		return -ENOMEM;
 
 	/* Both are polled: some transports cannot interrupt. */
 	ret = virtio_find_vqs(vdev, ARRAY_SIZE(vqs), vqs, callbacks, names, NULL);
@@ -247,14 +170,15 @@ static int start(struct virtio_device *vdev)
 	ret = coiommu_faults_open(vqs[1]);
 	if (ret)
 		return ret;
-	coiommu_pin_limit(batch_max);
+	coiommu_pin_limit(batch_max, U32_MAX);
 	read_limits(vdev);
 	ret = coiommu_requests_open(&channel);
 	if (ret)
 		return ret;
 	virtio_device_ready(vdev);
 	coiommu_faults_start();
-	return activate(vdev);
+	/* coiommu_hooks_end(): see viommu_scan(). */
+	return coiommu_device_activate(&viommu_ops, &vdev->dev, vdev->dev.parent);
 }
 
 /* Also undoes a start() that failed half way. */
@@ -273,9 +197,6 @@ static void stop(struct virtio_device *vdev)
 		viommu.vq = NULL;
 		coiommu_dtt_forget_pins();
 	}
-	if (viommu.assigned)
-		free_pages_exact(viommu.assigned, VIRTIO_IOMMU_ASSIGNED_BITMAP_SIZE);
-	viommu.assigned = NULL;
 	viommu.vdev = NULL;
 }
 
@@ -285,10 +206,6 @@ static int check_device(struct virtio_device *vdev)
 		dev_err(&vdev->dev, "this virtio-iommu has no PIN_PAGE: not a coIOMMU\n");
 		return -ENODEV;
 	}
-	if (cc_platform_has(CC_ATTR_GUEST_MEM_ENCRYPT)) {
-		dev_err(&vdev->dev, "guest memory is encrypted: the host could not read the table\n");
-		return -EOPNOTSUPP;
-	}
 	return 0;
 }
 
@@ -296,23 +213,17 @@ static int viommu_probe(struct virtio_device *vdev)
 {
 	int ret;
 
-	if (atomic_cmpxchg(&viommu.claimed, 0, 1)) {
-		dev_err(&vdev->dev, "there is a coIOMMU already\n");
-		return -EBUSY;
-	}
-	ret = check_device(vdev);
+	ret = check_device(vdev) ?: coiommu_device_claim(&vdev->dev);
 	if (ret)
-		goto unclaim;
+		return ret;
 	ret = start(vdev);
 	if (ret) {
 		stop(vdev);
-		goto unclaim;
+		coiommu_device_release(&vdev->dev);
+		return ret;
 	}
 	dev_info(&vdev->dev, "pinning is on, %u table levels\n", coiommu_dtt_levels());
 	return 0;
-unclaim:
-	atomic_set(&viommu.claimed, 0);
-	return ret;
 }
 
 /*
@@ -341,15 +252,11 @@ static void viommu_scan(struct virtio_device *vdev)
  */
 static void viommu_remove(struct virtio_device *vdev)
 {
-	unsigned int left = coiommu_hooks_stop();
-
+	coiommu_hooks_stop();
 	if (coiommu_hooks_any_remapped() && !set_bypass(vdev, 0))
 		dev_crit(&vdev->dev, "remapped functions reach memory that is not theirs\n");
 	stop(vdev);
-	if (left)
-		dev_warn(&vdev->dev, "%u functions can map nothing until there is a coIOMMU again\n",
-			 left);
-	atomic_set(&viommu.claimed, 0);
+	coiommu_device_release(&vdev->dev);
 }
 
 #ifdef CONFIG_PM_SLEEP

@@ -3,6 +3,7 @@
  * cannot drift apart. The header asserts at compile time that every struct has the size and offsets declared here,
  * and that what Linux already defines (VIRTIO_IOMMU_S_*, …) agrees with our copy.
  */
+import * as crosvm from "./crosvm.ts";
 import * as dtt from "./dtt.ts";
 import type { Fields, Struct } from "./struct.ts";
 import * as viommu from "./virtio-iommu.ts";
@@ -10,7 +11,7 @@ import * as viommu from "./virtio-iommu.ts";
 type Constants = Record<string, unknown>;
 
 /** Written in hexadecimal, because they are masks. */
-const isMask = (name: string) => /^TU_|_PRESENT$|_FLAG_|_REFUSED$|_T_PIN$/.test(name);
+const isMask = (name: string) => /^TU_|^PCI_|_PRESENT$|_FLAG_|_REFUSED$|_T_PIN$/.test(name);
 
 const literal = (name: string, value: number) => {
   if (!isMask(name)) return String(value);
@@ -77,6 +78,23 @@ function configOffsets(): string[] {
   ];
 }
 
+/** Section 5: the crosvm-compatible function. */
+function crosvmFunction(): string[] {
+  const name = (own: string) => (/^(PCI|COIOMMU)_/.test(own) ? own : `COIOMMU_${own}`);
+  const info = crosvm.PinPagesInfo as unknown as Struct<Fields>;
+  return [
+    ...numbers(crosvm, () => true).map(([own, value]) => define(name(own), literal(own, value))),
+    ...Object.entries(crosvm.CoiommuRegisters.fields).map(([key, f]) =>
+      define(`COIOMMU_REG_${snake(key).toUpperCase()}`, String(f.at)),
+    ),
+    define("COIOMMU_SLOT_SIZE", String(crosvm.CoiommuSlot.size)),
+    define("COIOMMU_PIN_PAGES_IN_BATCH", `0x${crosvm.PIN_PAGES_IN_BATCH.toString(16)}ull`),
+    "",
+    "/* nr_pages frame numbers of 64 bits follow. */",
+    ...cStruct(info),
+  ];
+}
+
 export function guestHeader(): string {
   const pinRange = viommu.PinRange as unknown as Struct<Fields>;
   const reqPin = viommu.ReqPin as unknown as Struct<Fields>;
@@ -108,6 +126,9 @@ export function guestHeader(): string {
     ...cStruct(pinRange),
     "",
     ...cStruct(reqPin, pinRange),
+    "",
+    "/* Section 5: the crosvm-compatible PCI function */",
+    ...crosvmFunction(),
     "",
     "/* The standard's numbers, as the host side has them */",
     `static_assert(VIRTIO_ID_IOMMU == ${viommu.VIRTIO_ID_IOMMU});`,
