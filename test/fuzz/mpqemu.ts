@@ -1,5 +1,5 @@
-/** The mpqemu stream under fuzz: whatever a QEMU might send, with the real device behind it. */
-import { HostError, PeerError, PeerGone, ProtocolError } from "../../src/base/errors.ts";
+/** The mpqemu stream under fuzz: whatever a QEMU might send, with a real function behind it, of either kind. */
+import { HostError, NotGuestRam, PeerError, PeerGone, ProtocolError } from "../../src/base/errors.ts";
 import type { Bdf } from "../../src/base/units.ts";
 import { counters, countersBuffer } from "../../src/memory/counters.ts";
 import { GuestMemory } from "../../src/memory/guest-memory.ts";
@@ -7,9 +7,10 @@ import { LruPolicy } from "../../src/policy/lru.ts";
 import { createIommuBuffer, SoftwareIommu } from "../../src/tracking/software-iommu.ts";
 import { TRACKING_COUNTERS, Tracker } from "../../src/tracking/tracker.ts";
 import { type MessageSocket, MpqemuServer } from "../../src/transport/mpqemu.ts";
-import { VirtioIommu } from "../../src/virtio/iommu.ts";
-import { VirtioPciFunction } from "../../src/virtio/pci.ts";
+import { createFrontEnd, type FrontEndName } from "../../src/virtio/front-end.ts";
+import * as crosvm from "../../src/wire/crosvm.ts";
 import * as wire from "../../src/wire/mpqemu.ts";
+import { barRegister } from "../../src/wire/pci.ts";
 import { putUint } from "../../src/wire/struct.ts";
 import { FakeClock } from "../support/clock.ts";
 import { HOST_BASE } from "../support/guest.ts";
@@ -21,6 +22,8 @@ import { items, itemsIn } from "./items.ts";
 /** The RAM file that every fd stands for. */
 const FILE_SIZE = 64 * 4096;
 const FDS_MAX = 10;
+/** Of the guest behind the crosvm-compatible function. */
+const QUOTA = 2;
 const ANSWERED = [
   wire.MPQEMU_CMD_PCI_CFGREAD,
   wire.MPQEMU_CMD_PCI_CFGWRITE,
@@ -68,7 +71,15 @@ class Peer implements MessageSocket {
   }
 }
 
-function serverFor(peer: Peer, closeFd: (fd: number) => void) {
+/** What is under test, and how it is broken. */
+interface Parts {
+  readonly frontEnd: FrontEndName;
+  readonly leaks?: boolean;
+  readonly noQuota?: boolean;
+}
+
+function serverFor(peer: Peer, { frontEnd, noQuota }: Parts, closeFd: (fd: number) => void) {
+  const limited = frontEnd === "crosvm";
   const clock = new FakeClock(0, 1e5);
   const memory = new GuestMemory();
   const pinner = new FakePinner();
@@ -80,14 +91,14 @@ function serverFor(peer: Peer, closeFd: (fd: number) => void) {
     policy: new LruPolicy(),
     clock,
     counters: counters(TRACKING_COUNTERS, countersBuffer(TRACKING_COUNTERS)),
-    quota: Number.POSITIVE_INFINITY,
-    beforeActivation: "bios",
+    quota: limited && !noQuota ? QUOTA : Number.POSITIVE_INFINITY,
+    beforeActivation: limited ? "none" : "bios",
   });
   const assigned = new Map([[0x20 as Bdf, 0]]);
-  const device = new VirtioIommu({ memory, tracker, assigned, pinPage: true, hostError: () => {} });
+  const { pci } = createFrontEnd(frontEnd, { memory, tracker, assigned, pinPage: true, hostError: () => {} });
   const server = new MpqemuServer({
     socket: peer,
-    function: new VirtioPciFunction(device, memory),
+    function: pci,
     map(fd, offset, size) {
       closeFd(fd);
       if (!(offset >= 0 && size > 0 && offset + size <= FILE_SIZE))
@@ -100,10 +111,10 @@ function serverFor(peer: Peer, closeFd: (fd: number) => void) {
   return { server, tracker, pinner };
 }
 
-function run(input: Uint8Array, leaks = false): void {
+function run(input: Uint8Array, parts: Parts): void {
   const peer = new Peer(input);
-  const { server, tracker, pinner } = serverFor(peer, (fd) => {
-    if (!leaks || peer.open.size < 2) peer.close(fd);
+  const { server, tracker, pinner } = serverFor(peer, parts, (fd) => {
+    if (!parts.leaks || peer.open.size < 2) peer.close(fd);
   });
   for (;;) {
     const { command } = peer;
@@ -113,6 +124,7 @@ function run(input: Uint8Array, leaks = false): void {
       server.serve();
     } catch (error) {
       if (!(error instanceof PeerError || error instanceof HostError)) throw error;
+      check(command !== wire.MPQEMU_CMD_BAR_WRITE || !(error instanceof NotGuestRam), "a guest ends its VM");
       over = true;
     }
     check(peer.open.size === 0, "an fd is left open");
@@ -122,6 +134,7 @@ function run(input: Uint8Array, leaks = false): void {
       "a message is not answered once",
     );
     check(tracker.pinned === pinner.pages.size, "the ledger and the host disagree");
+    check(parts.frontEnd !== "crosvm" || tracker.pinned <= QUOTA, "more is pinned than the quota allows");
     for (const address of pinner.pages.values())
       check(address >= HOST_BASE && address < HOST_BASE + FILE_SIZE, "what is not guest RAM is pinned");
   }
@@ -151,11 +164,72 @@ function message(next: Next): Uint8Array {
   return items.encode(command === wire.MPQEMU_CMD_SYNC_SYSMEM ? regions : next(8) ? 0 : next(4), bytes);
 }
 
-export const mpqemuTarget = (leaks = false): Target => ({
-  name: "mpqemu",
-  run: (input) => run(input, leaks),
-  piece: message,
+/** Where the BARs of the crosvm-compatible function lie, if the guest puts them there. */
+const SLOTS_AT = 0x10000;
+const command = (address: number, value: bigint, size: number): Uint8Array =>
+  items.encode(
+    0,
+    Uint8Array.of(
+      ...wire.MPQemuHeader.encode({ command: wire.MPQEMU_CMD_BAR_WRITE, size: wire.MPQemuBarAccess.size }),
+      ...wire.MPQemuBarAccess.encode({ address, value, size, memory: 1 }),
+    ),
+  );
+const mapSlots = items.encode(
+  0,
+  Uint8Array.of(
+    ...wire.MPQemuHeader.encode({ command: wire.MPQEMU_CMD_PCI_CFGWRITE, size: wire.MPQemuPciConfig.size }),
+    ...wire.MPQemuPciConfig.encode({
+      address: barRegister(crosvm.COIOMMU_NOTIFYMAP_BAR),
+      value: SLOTS_AT,
+      length: 4,
+    }),
+  ),
+);
+
+/** All of the file is RAM, from 0 on. */
+function allRam(): Uint8Array {
+  const payload = new Uint8Array(wire.SYSMEM_SIZE);
+  putUint(payload, 64, 8, BigInt(FILE_SIZE));
+  const head = wire.MPQemuHeader.encode({ command: wire.MPQEMU_CMD_SYNC_SYSMEM, size: payload.length });
+  return items.encode(1, Uint8Array.of(...head, ...payload));
+}
+
+/** What a driver of that function does, with numbers that are right more often than not. The table is one leaf. */
+function request(next: Next): Uint8Array {
+  const { dttRoot, command: control, dttLevel } = crosvm.CoiommuRegisters.fields;
+  const gfn = BigInt(next(8) ? next(64) : next(2 ** 30));
+  const bdf = next(8) ? 0x20n : BigInt(next(2 ** 16));
+  const list = crosvm.PIN_PAGES_IN_BATCH | BigInt(4096 * next(70));
+  const slot = next(4);
+  switch (next(4)) {
+    case 0:
+      return message(next);
+    case 1:
+      return Uint8Array.of(
+        ...(next(2) ? allRam() : []),
+        ...mapSlots,
+        ...command(dttRoot.at, BigInt(4096 * next(66)), 8),
+        ...command(dttLevel.at, BigInt(next(8) ? 1 : next(8)), 8),
+        ...command(control.at, BigInt(next(8) ? 1 : next(6)), 8),
+      );
+    default:
+      return Uint8Array.of(
+        ...command(SLOTS_AT + crosvm.CoiommuSlot.size * slot, next(4) ? (gfn << 16n) | bdf : list, 8),
+        ...command(crosvm.COIOMMU_TRIGGERS + slot, 1n, 1),
+      );
+  }
+}
+
+const target = (name: string, parts: Parts, piece: Target["piece"]): Target => ({
+  name,
+  run: (input) => run(input, parts),
+  piece,
   boundaries: items.boundaries,
   explain: (input) =>
     itemsIn(input).map(({ kind, bytes }) => `${kind % FDS_MAX} fds: ${Buffer.from(bytes).toString("hex")}`),
 });
+
+export const mpqemuTarget = (leaks = false): Target =>
+  target("mpqemu", { frontEnd: "virtio-iommu", leaks }, message);
+export const crosvmTarget = (noQuota = false): Target =>
+  target("crosvm", { frontEnd: "crosvm", noQuota }, request);

@@ -5,7 +5,7 @@ import { type Fields, putUint, type Struct } from "../../src/wire/struct.ts";
 import { PinRange, ReqPin, VIRTIO_IOMMU_T_PIN } from "../../src/wire/virtio-iommu.ts";
 import { BLOCK_FRAMES, BLOCKS, type DeviceParts, fuzzDevice } from "./device.ts";
 import type { Next, Target } from "./fuzzer.ts";
-import { mpqemuTarget } from "./mpqemu.ts";
+import { crosvmTarget, mpqemuTarget } from "./mpqemu.ts";
 import { vhostUserTarget } from "./vhost-user.ts";
 
 /** What operands mostly are; anything else now and then. */
@@ -113,4 +113,4 @@ export const deviceTarget = (parts: DeviceParts = {}): Target => ({
   },
 });
 
-export const targets: readonly Target[] = [deviceTarget(), mpqemuTarget(), vhostUserTarget()];
+export const targets: readonly Target[] = [deviceTarget(), mpqemuTarget(), crosvmTarget(), vhostUserTarget()];

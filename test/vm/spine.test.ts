@@ -44,9 +44,7 @@ for (const frontEnd of FRONT_ENDS)
     await demand(agent, "rmmod coiommu", "unloading the module");
     await demand(
       agent,
-      "modprobe coiommu" +
-        (frontEnd === "crosvm" ? " crosvm=1" : "") +
-        " && echo 0000:00:04.0 >/sys/bus/pci/drivers/virtio-pci/bind",
+      `modprobe coiommu${frontEnd === "crosvm" ? " crosvm=1" : ""} && echo 0000:00:04.0 >/sys/bus/pci/drivers/virtio-pci/bind`,
       "loading it again",
     );
     const again = await runFio(agent, parseFioWorkload("fio:rw=randread,bs=4k,iodepth=4,seconds=1"));
