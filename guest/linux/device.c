@@ -38,7 +38,7 @@ int coiommu_device_claim(struct device *dev)
 	return ret;
 }
 
-/* Caller: nothing is hooked any more because of this function, and the host has let go of the table. */
+/* Caller: hooks.c is off, and the host has let go of the table. */
 void coiommu_device_release(struct device *dev)
 {
 	unsigned int left = coiommu_hooks_count();

@@ -86,7 +86,7 @@ static void poll_events(struct work_struct *work)
 		if (!give(fault))
 			given = true;
 	}
-	/* A PIN request's notification that QEMU 7.2 drops because of this one is repeated: see viommu.c. */
+	/* A PIN request's notification that QEMU 7.2 drops because of this one is repeated: see requests.c. */
 	if (given)
 		virtqueue_kick(events);
 	schedule_delayed_work(&poll_work, round_jiffies_relative(POLL_INTERVAL));

@@ -6,7 +6,8 @@
  *
  * One command per open file: write it, then read what came of it.
  *
- *	reset BATCH			an empty table; a device that takes BATCH ranges
+ *	reset BATCH [FRAMES]		an empty table; a device that takes BATCH ranges, and
+ *					FRAMES frames, in a request
  *	device on|off
  *	pin_dirty on|off		whether it has PIN_DIRTY; off after a reset
  *	direction to|from|both		of the mappings that follow; both after a reset
@@ -145,14 +146,14 @@ static int parse_frames(char **words, unsigned int nr, struct frames *frames, bo
 	return 0;
 }
 
-static int start(u32 batch_max)
+static int start(u32 batch_max, u32 frames_max)
 {
 	int ret;
 
 	ret = coiommu_dtt_create();
 	if (ret)
 		return ret;
-	coiommu_pin_limit(batch_max, U32_MAX);
+	coiommu_pin_limit(batch_max, frames_max);
 	ret = coiommu_requests_open(&script);
 	if (!ret)
 		coiommu_requests_enable();
@@ -173,18 +174,20 @@ static void stop(void)
 
 static int do_reset(char **words, unsigned int nr)
 {
-	u32 batch_max;
+	u32 batch_max, frames_max = U32_MAX;
 	int ret;
 
-	if (nr != 1)
+	if (nr != 1 && nr != 2)
 		return -EINVAL;
 	ret = kstrtou32(words[0], 0, &batch_max);
+	if (!ret && nr == 2)
+		ret = kstrtou32(words[1], 0, &frames_max);
 	if (ret)
 		return ret;
-	if (!batch_max)
+	if (!batch_max || !frames_max)
 		return -ERANGE;
 	stop();
-	ret = start(batch_max);
+	ret = start(batch_max, frames_max);
 	if (ret)
 		stop();
 	return ret;
@@ -484,7 +487,7 @@ const struct file_operations coiommu_selftest_fops = {
 
 int coiommu_selftest_init(void)
 {
-	int ret = start(1);
+	int ret = start(1, U32_MAX);
 
 	if (ret)
 		stop();

@@ -4,6 +4,7 @@ import { after, before, test } from "node:test";
 import { demand } from "../../src/control/guest-side.ts";
 import type { GuestAgent } from "../../src/machine/qemu/agent.ts";
 import type { Qemu } from "../../src/machine/qemu/qemu.ts";
+import { ReqPin } from "../../src/wire/virtio-iommu.ts";
 import { DriverInTypeScript } from "../support/driver-in-typescript.ts";
 import { randomCase } from "../support/random-driver-case.ts";
 import { firstDifference } from "../support/run-driver-case.ts";
@@ -216,8 +217,8 @@ const TWINS: readonly Twin[] = [
   {
     what: "does not merge neighbours",
     file: "pin.c",
-    sound: "if (gfn == end) {",
-    broken: "if (!TWIN && gfn == end) {",
+    sound: "if (gfn == end && ",
+    broken: "if (!TWIN && gfn == end && ",
   },
   {
     what: "asks twice for a frame that neighbours in a list share",
@@ -234,8 +235,8 @@ const TWINS: readonly Twin[] = [
   {
     what: "asks for a range more than the device takes",
     file: "pin.c",
-    sound: "building.nr_ranges == building.nr_ranges_max)",
-    broken: "building.nr_ranges == building.nr_ranges_max + TWIN)",
+    sound: "building.nr_ranges == building.nr_ranges_max ||",
+    broken: "building.nr_ranges == building.nr_ranges_max + TWIN ||",
   },
   {
     what: "asks for another endpoint",
@@ -275,8 +276,38 @@ const TWINS: readonly Twin[] = [
   },
 ];
 
+/** Of the crosvm-compatible function alone, so no case of both drivers. */
+const UNLIMITED: Twin = {
+  what: "asks for more frames than a list has room for",
+  file: "pin.c",
+  sound: "building.nr_frames < building.nr_frames_max",
+  broken: "(TWIN || building.nr_frames < building.nr_frames_max)",
+};
+
+/** How many frames each request names when five are mapped and a request may name three. */
+async function framesAsked(agent: GuestAgent, parameters = ""): Promise<number[]> {
+  await demand(agent, `modprobe coiommu selftest=1 ${parameters}`, "loading the module");
+  const driver = new KernelModule(agent);
+  try {
+    await driver.reset(8, [], false, 3);
+    const pins = [
+      [256, 257, 258],
+      [259, 260],
+    ];
+    const host = pins.map((gfns) => ({ pins: gfns, reply: { written: 4, status: 0 } }));
+    const { requests } = await driver.map({ kind: "single", pieces: [[256, 0, 5 * 4096]] }, host);
+    return requests.map(({ bytes }) => Buffer.from(bytes).readUInt32LE(ReqPin.size + 8));
+  } finally {
+    await demand(agent, "rmmod coiommu", "unloading the module");
+  }
+}
+
+test("a request names no more frames than the device takes", async () => {
+  assert.deepEqual(await framesAsked(qemu.agent), [3, 2]);
+});
+
 test("the cases find what is broken", async (t) => {
-  const folder = writeTwins(t, TWINS);
+  const folder = writeTwins(t, [...TWINS, UNLIMITED]);
   const broken = await bootedGuest(folder);
   t.after(() => broken.close());
   const found = async (twin: number) =>
@@ -288,6 +319,10 @@ test("the cases find what is broken", async (t) => {
       assert.ok(first);
       t.diagnostic(first);
     });
+
+  await t.test(`a module that ${UNLIMITED.what}`, async () => {
+    assert.deepEqual(await framesAsked(broken.agent, `twin=${TWINS.length + 1}`), [5]);
+  });
 
   const random = await recorded();
   await t.test("random cases find a module that does not merge neighbours", async (t) => {

@@ -62,9 +62,14 @@ export class KernelModule implements DriverUnderTest {
     this.#agent = agent;
   }
 
-  async reset(batchMax: number, frames: readonly number[], pinDirty: boolean): Promise<void> {
+  async reset(
+    batchMax: number,
+    frames: readonly number[],
+    pinDirty: boolean,
+    framesMax?: number,
+  ): Promise<void> {
     await Promise.all([
-      this.#run("reset", batchMax),
+      this.#run("reset", batchMax, ...(framesMax === undefined ? [] : [framesMax])),
       this.#run("pin_dirty", pinDirty ? "on" : "off"),
       this.#run("watch", ...frames),
     ]);
