@@ -6,6 +6,7 @@ import { loadDrivers } from "../../src/control/guest-side.ts";
 import { Vm, type VmOptions } from "../../src/control/vm.ts";
 import { StatusField } from "../../src/host/process-status.ts";
 import { ensureGuest } from "../../src/machine/qemu/guest.ts";
+import { LIVES } from "../../src/tracking/life.ts";
 import { eventually } from "../support/eventually.ts";
 
 export const INTERVAL_MS = 300;
@@ -47,11 +48,15 @@ export async function startedVm(t: TestContext, overrides: Partial<VmOptions> = 
   return vm;
 }
 
-/** Two whole unpin passes that began after this call. */
-export const twoPasses = (vm: Vm): Promise<boolean> => {
-  const wanted = vm.pins.passes + 3; // the third begins when the second has ended
-  return eventually(() => vm.pins.passes >= wanted);
-};
+/** Wait for two whole unpin passes that begin after this call; throws where there are none. */
+export async function twoPasses({ pins }: Pick<Vm, "pins">, timeoutMs = 30_000): Promise<void> {
+  const before = pins.passes;
+  const wanted = before + 3; // the third begins when the second has ended
+  const happened = await eventually(() => pins.passes >= wanted, timeoutMs);
+  const parked = `parked ${pins.parks} times by the guest, ${pins.parkedByOperator} by the operator`;
+  const life = `the guest is ${LIVES[pins.life]}`;
+  assert.ok(happened, `${pins.passes - before} unpin passes began in ${timeoutMs} ms: ${parked}; ${life}`);
+}
 
 /** Wait until a kernel without our module answers, after one with it. */
 export async function comesUpAgain({ qemu: { agent } }: Vm): Promise<void> {
