@@ -23,11 +23,16 @@ import type { DeviceCounters } from "./counters.ts";
 
 /** Entries of the smallest queue that QEMU gives us, less the two that hold a request's head and status. */
 const SEG_MAX = 128 - 2;
+/**
+ * Bytes that move in one DMA window. A driver's buffers are as long as it likes (no SIZE_MAX is offered), and while a
+ * window is open nothing is unpinned and no UNMAP succeeds.
+ */
+export const WINDOW_SIZE_MAX = 2 ** 18;
 const bit = (n: number) => 1n << BigInt(n);
 
 /**
  * virtio-blk without a transport. VIRTIO 1.2 section 5.2. Data goes straight between the store and the guest's
- * frames, inside the DMA window in which the IOMMU allowed them.
+ * frames, inside DMA windows in which the IOMMU allowed them.
  */
 export class BlockDevice {
   readonly features = bit(VIRTIO_BLK_F_SEG_MAX) | bit(VIRTIO_BLK_F_BLK_SIZE) | bit(VIRTIO_BLK_F_FLUSH);
@@ -139,9 +144,14 @@ export class BlockDevice {
     const move = access === "write" ? this.#readStore : this.#writeStore;
     let position = sector * SECTOR_SIZE;
     for (const { gpa, length } of buffers) {
-      const start = position;
-      this.#memory.transfer(gpa, length, (piece, done) => move(start + done, piece), access);
-      position += length;
+      for (let left = length; left > 0; ) {
+        const start = position;
+        const size = Math.min(left, WINDOW_SIZE_MAX);
+        const from = gpa + length - left;
+        this.#memory.transfer(from, size, (piece, done) => move(start + done, piece), access);
+        position += size;
+        left -= size;
+      }
       this.#counters.transfers++;
       this.#counters.bytes += length;
     }

@@ -12,6 +12,7 @@ import {
   VIRTIO_BLK_T_OUT,
   VirtioBlkReqHead,
 } from "../wire/virtio-blk.ts";
+import { WINDOW_SIZE_MAX } from "./block.ts";
 import { MemoryStore } from "./block-store.ts";
 import { serveDisk } from "./disk.ts";
 import { FrontEnd } from "./front-end.ts";
@@ -25,13 +26,18 @@ const at = (gpa: number, length: number) => ({ gpa: gpa as Gpa, length });
 class Gate implements DmaGate {
   readonly forbidden = new Set<number>();
   depth = 0;
+  /** Pages that were reached in the largest window. */
+  pagesMax = 0;
+  readonly #pages = new Set<number>();
   enter() {
     assert.equal(this.depth++, 0);
+    this.#pages.clear();
   }
   leave() {
     assert.equal(--this.depth, 0);
   }
   translate(page: number) {
+    this.pagesMax = Math.max(this.pagesMax, this.#pages.add(page).size);
     return this.forbidden.has(page * 4096) ? NO_FRAME : (page as Gfn);
   }
   request() {
@@ -182,6 +188,29 @@ test("a frame that is not pinned: IOERR to the guest, one fault, and the frame i
     gate.forbidden.clear();
   }
   assert.equal(counters.errors, 0);
+});
+
+test("however a large request is divided into buffers, no DMA window is larger than its bound", () => {
+  const { frontEnd, gate, request, counters } = setUp();
+  const length = 2.5 * WINDOW_SIZE_MAX;
+  const place = DATA + 512; // so that pieces end inside of pages
+  const one = [at(place, length)];
+  const neighbours = Array.from({ length: 10 }, (_, i) => at(place + (i * length) / 10, length / 10));
+  for (const buffers of [one, neighbours]) {
+    const data = randomBytes(length);
+    frontEnd.ram.set(data, place);
+    assert.equal(request(VIRTIO_BLK_T_OUT, 3, buffers).status, 0);
+    frontEnd.ram.fill(0, place, place + length);
+    assert.deepEqual(request(VIRTIO_BLK_T_IN, 3, buffers), { status: 0, written: length + 1 });
+    assert.ok(data.equals(frontEnd.ram.subarray(place, place + length)));
+  }
+  assert.equal(gate.pagesMax, WINDOW_SIZE_MAX / 4096 + 1);
+  assert.deepEqual([counters.transfers, counters.bytes], [4, 4 * length]);
+
+  // A window that is refused ends the request.
+  gate.forbidden.add(DATA + 1.5 * WINDOW_SIZE_MAX);
+  assert.equal(request(VIRTIO_BLK_T_IN, 3, neighbours).status, 1);
+  assert.deepEqual([counters.faults, counters.transfers], [1, 4]);
 });
 
 test("a status or ring frame that is not pinned: counted, kept, and served at a later kick", () => {
