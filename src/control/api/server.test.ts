@@ -1,4 +1,5 @@
 import assert from "node:assert/strict";
+import { spawnSync } from "node:child_process";
 import { existsSync, statSync, writeFileSync } from "node:fs";
 import net from "node:net";
 import test, { type TestContext } from "node:test";
@@ -174,4 +175,24 @@ test("a socket in use, a file and a path that leads nowhere are refused, and lef
   assert.match((await refusal(`${path}.txt`))!, /a file that is no socket is there$/);
   assert.equal(statSync(`${path}.txt`).size, 8);
   assert.match((await refusal(`${path}/none/here`))!, /--api .*(ENOENT|ENOTDIR|EACCES)/);
+});
+
+test("of two that find a socket that was left behind at the same moment, one serves there", async (t) => {
+  const path = socketPath(t);
+  const left = spawnSync(process.execPath, [
+    "--eval",
+    `require("node:net").createServer().listen(${JSON.stringify(path)}, () => process.kill(process.pid, "SIGKILL"))`,
+  ]);
+  assert.deepEqual([left.signal, statSync(path).isSocket()], ["SIGKILL", true]);
+
+  const servers = await Promise.allSettled([1, 2].map(() => ApiServer.listen(path, () => {})));
+  t.after(() => {
+    for (const server of servers) if (server.status === "fulfilled") server.value.close();
+  });
+  assert.deepEqual(
+    servers.map((server) => (server.status === "rejected" ? server.reason.message : "serves")).sort(),
+    [`--api ${path}: another process is about to serve there`, "serves"],
+  );
+  assert.equal((await ask(path, "GET", "/openapi.json")).status, 200);
+  assert.match((await refusal(path))!, /another process serves there$/);
 });
