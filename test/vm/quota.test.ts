@@ -24,7 +24,7 @@ for (const frontEnd of FRONT_ENDS)
     t.diagnostic(JSON.stringify(seen));
     assert.deepEqual([written.verified, written.errors, vm.disk.faults], [true, 0, 0]);
     assert.ok(framesPeak <= quota && kernelPagesPeak - before <= quota, "the host never gives more");
-    assert.ok(framesPinned > 2 * quota, "it wanted more, and got it by and by");
+    assert.ok(framesPinned > quota && framesUnpinned > 0, "it wanted more, and got it by and by");
     const { pin_refused, underflow } = await readCounters(vm.qemu.agent);
     // A quick disk has done so much by then that room is found each time.
     assert.equal(pin_refused! > 0, pinRequestsRefused > 0, "its driver was told");
