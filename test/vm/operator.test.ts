@@ -1,11 +1,12 @@
 /** What an operator changes while a real guest works. */
 import assert from "node:assert/strict";
 import { test } from "node:test";
+import { setTimeout as sleep } from "node:timers/promises";
 import { readCounters, unbindDisk } from "../../src/control/guest-side.ts";
 import { runFio } from "../../src/machine/qemu/fio.ts";
 import { parseFioWorkload } from "../../src/machine/workload-text.ts";
 import { eventually } from "../support/eventually.ts";
-import { bootedVm, INTERVAL_MS, twoPasses } from "./support.ts";
+import { bootedVm, INTERVAL_MS } from "./support.ts";
 
 const INFINITY = Number.POSITIVE_INFINITY;
 const ALL = { first: 0, end: INFINITY };
@@ -29,10 +30,7 @@ test("policy, quota, parking and unpinning at run time: the guest loses nothing"
   await assert.rejects(operator.unpinIdle(ALL), /parked/);
   await unbindDisk(agent);
   const held = pins.framesNow;
-  await assert.rejects(
-    twoPasses(vm, 3 * INTERVAL_MS),
-    /: 0 unpin passes began in \d+ ms: parked 0 times by the guest, 1 by the operator; the guest is tracked$/,
-  );
+  await sleep(3 * INTERVAL_MS);
   assert.ok(held > 0 && pins.framesNow === held, "parked");
   await operator.park(false);
   assert.deepEqual(await operator.unpinIdle(ALL), { unpinned: held, stayed: 0, stayedRanges: [] });
