@@ -4,6 +4,7 @@ import { Command } from "commander";
 import { IoUringPinner } from "../host/io-uring-pinner.ts";
 import { nativeUnavailable } from "../host/libc.ts";
 import { canExceedMemlock, memlockLimit } from "../host/limits.ts";
+import { PresentMappings } from "../host/present-mappings.ts";
 import { type Check, diagnose } from "../machine/qemu/doctor.ts";
 import { writeJson } from "./output.ts";
 
@@ -50,9 +51,10 @@ const embedded = (): Check => {
 function ioUring(): Check {
   const reason = nativeUnavailable() ?? IoUringPinner.unavailable();
   const fix = "allow io_uring (sysctl kernel.io_uring_disabled=0, or the container's seccomp profile)";
-  return reason === undefined
-    ? { name: "io_uring", ok: true, detail: "pins guest memory (registered buffers)", fix: null }
-    : { name: "io_uring", ok: false, detail: reason, fix };
+  if (reason !== undefined) return { name: "io_uring", ok: false, detail: reason, fix };
+  const singles = PresentMappings.unavailable();
+  const how = singles === undefined ? "registered buffers" : `each page for itself: ${singles}`;
+  return { name: "io_uring", ok: true, detail: `pins guest memory (${how})`, fix: null };
 }
 
 /** Enough for the firmware window and the buffers of a small guest. */

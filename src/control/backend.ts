@@ -26,7 +26,7 @@ export class Backend {
   readonly #data: BackendData;
   readonly #reactor = new Reactor();
   readonly #socket: UnixSocket;
-  readonly #mapper = new FdMapper();
+  readonly #mapper: FdMapper;
   readonly #host: HostSide;
   readonly #server: MpqemuServer;
   readonly #commands: CommandServer;
@@ -37,6 +37,7 @@ export class Backend {
     this.#data = data;
     this.#socket = new UnixSocket(data.socketFd);
     this.#host = new HostSide(data, (text) => this.#commands.tell("warning", text), openTable);
+    this.#mapper = new FdMapper(this.#host.present);
     this.#server = new MpqemuServer({
       socket: this.#socket,
       function: this.#host.function,

@@ -30,7 +30,9 @@ export class EmbeddedBackend {
       stop: () => this.#stop(),
       ...this.#host.dirtyCommands,
     });
-    this.#host.setMemory([ramRegion(data.ram)]);
+    const region = ramRegion(data.ram);
+    const presentAddress = this.#host.present?.of(region.hostAddress, region.size);
+    this.#host.setMemory([{ ...region, presentAddress }]);
   }
 
   /** Serve until told to stop. */

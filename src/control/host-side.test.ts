@@ -14,7 +14,7 @@ import { createIommuBuffer, DeviceGate } from "../tracking/software-iommu.ts";
 import { TRACKING_COUNTERS } from "../tracking/tracker.ts";
 import { VIRTIO_IOMMU_S_NOENT } from "../wire/virtio-iommu.ts";
 import { claimsOf } from "./claims.ts";
-import { HostSide } from "./host-side.ts";
+import { HostSide, type PinnerName } from "./host-side.ts";
 import type { Strategy } from "./strategy.ts";
 
 const FIRST = 0x20 as Bdf;
@@ -22,18 +22,26 @@ const SECOND = 0x28 as Bdf;
 const DOMAIN = 3;
 const GATE = 2;
 
+const hostSide = (
+  iommu: SharedArrayBuffer,
+  shared: SharedArrayBuffer,
+  pinner: PinnerName,
+  warn: (text: string) => void,
+) =>
+  new HostSide(
+    {
+      ...{ iommu, counters: shared, assigned: [], frontEnd: "virtio-iommu", qemu: false },
+      ...{ strategy: "coiommu", beforeActivation: "none", activationTimeout: Number.POSITIVE_INFINITY },
+      ...{ pinner, policy: "lru", interval: milliseconds(1000), quota: Number.POSITIVE_INFINITY },
+    },
+    warn,
+  );
+
 /** A guest whose driver is active, without an assigned function. */
 function guest() {
   const iommu = createIommuBuffer(RAM_FRAMES);
   const shared = countersBuffer(TRACKING_COUNTERS);
-  const host = new HostSide(
-    {
-      ...{ iommu, counters: shared, assigned: [], frontEnd: "virtio-iommu", qemu: false },
-      ...{ strategy: "coiommu", beforeActivation: "none", activationTimeout: Number.POSITIVE_INFINITY },
-      ...{ pinner: "software", policy: "lru", interval: milliseconds(1000), quota: Number.POSITIVE_INFINITY },
-    },
-    (text) => assert.fail(text),
-  );
+  const host = hostSide(iommu, shared, "software", (text) => assert.fail(text));
   host.setMemory([ramRegion(0, RAM_FRAMES)]);
   const on = {
     ...{ memory: host.memory, pciFunction: host.function },
@@ -51,6 +59,15 @@ function guest() {
     gate: new DeviceGate(iommu, GATE, () => host.serveDevices()),
   };
 }
+
+test("memory that cannot be mapped a second time: a warning says that its pages are pinned one by one", () => {
+  const warnings: string[] = [];
+  const words = [createIommuBuffer(RAM_FRAMES), countersBuffer(TRACKING_COUNTERS)] as const;
+  const host = hostSide(...words, "io_uring", (text) => warnings.push(text));
+  for (let i = 0; i < 2; i++) assert.equal(host.present!.of(4096, 4096), undefined);
+  assert.deepEqual(warnings, ["each page is pinned for itself: mremap: EFAULT (4096 bytes)"]);
+  host.stop(() => {});
+});
 
 const noEntry = (error: unknown) => error instanceof DmaMapFailed && error.status === VIRTIO_IOMMU_S_NOENT;
 

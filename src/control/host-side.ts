@@ -3,6 +3,7 @@ import { type Bdf, FRAME_SIZE, type Nanoseconds } from "../base/units.ts";
 import { monotonicClock } from "../host/clock.ts";
 import { IoUringPinner } from "../host/io-uring-pinner.ts";
 import { canExceedMemlock, memlockLimit } from "../host/limits.ts";
+import { PresentMappings } from "../host/present-mappings.ts";
 import { SoftwarePinner } from "../host/software-pinner.ts";
 import { counters } from "../memory/counters.ts";
 import { GuestMemory, type GuestRegion } from "../memory/guest-memory.ts";
@@ -93,6 +94,8 @@ const BEYOND_TABLE = "QEMU shares memory beyond the guest's RAM: no device of ou
 export class HostSide {
   readonly memory = new GuestMemory();
   readonly function: PciFunction;
+  /** For whoever maps memory that is pinned in the kernel. */
+  readonly present: PresentMappings | undefined;
   /** The operator's, each no longer than a slice of an unpin pass. */
   readonly commands = {
     setPolicy: (text: string) => this.#tracker.setPolicy(createPolicy(text)),
@@ -128,7 +131,11 @@ export class HostSide {
     this.#warn = warn;
     this.#iommu = new SoftwareIommu(data.iommu, monotonicClock);
     this.#iommu.setOpen(data.strategy === "none");
-    this.#pinner = data.pinner === "io_uring" ? new IoUringPinner() : new SoftwarePinner();
+    const inKernel = data.pinner === "io_uring";
+    this.#pinner = inKernel ? new IoUringPinner() : new SoftwarePinner();
+    this.present = inKernel
+      ? new PresentMappings((reason) => warn(`each page is pinned for itself: ${reason}`))
+      : undefined;
     this.#assigned = new Map(data.assigned.map(({ bdf, gate }) => [bdf, gate]));
     this.#kernelPagesBefore = this.#pinner.kernelPinnedPages();
     this.#counters = counters(TRACKING_COUNTERS, data.counters);
@@ -325,6 +332,7 @@ export class HostSide {
     const deadline = monotonicClock.now() + RELEASE_LIMIT_MS * 1e6;
     const nothing = new SharedWords(new SharedArrayBuffer(4));
     this.#pinner.close();
+    this.present?.close();
     let pages = this.#pinner.kernelPinnedPages();
     while (pages !== this.#kernelPagesBefore && monotonicClock.now() < deadline) {
       nothing.wait(0, 0, 10);

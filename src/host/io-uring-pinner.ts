@@ -41,14 +41,15 @@ export class IoUringPinner implements Pinner {
     return ioUringUnavailable();
   }
 
-  pin(addresses: Float64Array, count: number, handles: Int32Array): void {
+  pin(addresses: Float64Array, count: number, handles: Int32Array, lengths?: Float64Array): void {
     this.#take(count, handles);
     let pinned = 0;
     try {
       while (pinned < count) {
         const length = this.#runLength(handles, pinned, count);
-        for (let i = 0; i < length; i++) this.#fill.set(i, addresses[pinned + i]!, PAGE_SIZE);
-        // Where the host refuses a page, this call stops before it and the next one, starting at it, throws.
+        for (let i = pinned; i < pinned + length; i++)
+          this.#fill.set(i - pinned, addresses[i]!, lengths?.[i] ?? PAGE_SIZE);
+        // Where the host refuses a buffer, this call stops before it and the next one, starting at it, throws.
         pinned += this.#update(this.#fill, handles[pinned]!, length);
       }
     } catch (error) {

@@ -82,8 +82,15 @@ export const libc = lazily({
   mincore: bind<(at: bigint, length: number, out: Uint8Array) => number>(
     "int mincore(void *, size_t, void *)",
   ),
+  mremap: bind<(at: bigint, oldLength: number, length: number, flags: number) => bigint>(
+    "void *mremap(void *, size_t, size_t, int)",
+  ),
   munmap: bind<(at: bigint, length: number) => number>("int munmap(void *, size_t)"),
-  /** syscall(2) in the two shapes that io_uring needs; the first argument is the call's number. */
+  ioctl: bind<(fd: number, request: number, argument: BigUint64Array) => number>(
+    "int ioctl(int, ulong, void *)",
+  ),
+  /** syscall(2) in the shapes that are needed; the first argument is the call's number. */
+  userfaultfd: bind<(number: number, flags: number) => number>("long syscall(long, int)"),
   ioUringSetup: bind<(number: number, entries: number, params: Uint32Array) => number>(
     "long syscall(long, uint, void *)",
   ),

@@ -1,6 +1,8 @@
 import fs from "node:fs";
 import { HostError, ProtocolError } from "../base/errors.ts";
+import type { GuestRegion } from "../memory/guest-memory.ts";
 import { closeFd, lastErrno, libc, MAP_FAILED, systemCall, viewOf } from "./libc.ts";
+import type { PresentMappings } from "./present-mappings.ts";
 
 const PROT_READ_WRITE = 3;
 const MAP_SHARED = 1;
@@ -11,6 +13,7 @@ interface MappedFile {
   readonly address: bigint;
   readonly size: number;
   readonly buffer: ArrayBuffer;
+  readonly presentAddress: number | undefined;
 }
 
 /**
@@ -20,12 +23,18 @@ interface MappedFile {
  */
 export class FdMapper {
   readonly #files = new Map<string, MappedFile>();
+  readonly #present: PresentMappings | undefined;
+
+  /** Maps each file a second time with `present`, which stays its owner's. */
+  constructor(present?: PresentMappings) {
+    this.#present = present;
+  }
 
   /**
    * Map `size` bytes at `offset` of the file and take over its fd, which is closed in any case. Throws ProtocolError
    * for a range that is not in the file, HostError when the host cannot map it.
    */
-  map(fd: number, offset: number, size: number): { hostAddress: number; bytes: Uint8Array } {
+  map(fd: number, offset: number, size: number): Omit<GuestRegion, "gpa" | "size"> {
     try {
       const stat = fs.fstatSync(fd, { bigint: true });
       // A mapping keeps the inode, so that its number is not given to another file while it is a key here.
@@ -35,12 +44,13 @@ export class FdMapper {
         throw new ProtocolError(`bytes ${offset}+${size} of a shared file of ${length} bytes`);
       let file = this.#files.get(key);
       if (!file) {
-        file = mapWhole(fd, length);
+        file = mapWhole(fd, length, this.#present);
         this.#files.set(key, file);
       }
       return {
         hostAddress: Number(file.address) + offset,
         bytes: new Uint8Array(file.buffer, offset, size),
+        presentAddress: file.presentAddress === undefined ? undefined : file.presentAddress + offset,
       };
     } finally {
       closeFd(fd);
@@ -81,9 +91,10 @@ export class SharedMapping {
   }
 }
 
-function mapWhole(fd: number, size: number): MappedFile {
+function mapWhole(fd: number, size: number, present: PresentMappings | undefined): MappedFile {
   const address = map(fd, size, MAP_SHARED);
-  return { address, size, buffer: viewOf(address, size) };
+  const presentAddress = present?.of(Number(address), size);
+  return { address, size, buffer: viewOf(address, size), presentAddress };
 }
 
 function map(fd: number, size: number, flags: number): bigint {

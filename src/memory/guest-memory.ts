@@ -8,6 +8,11 @@ export interface GuestRegion {
   readonly size: number;
   /** Virtual address of the first byte in this process; 0 when the RAM is a SharedArrayBuffer, which has none. */
   readonly hostAddress: number;
+  /**
+   * Where a pin of one of its pages finds that page, as at hostAddress, but is refused where the page has no memory, and
+   * gives it none. Undefined where the host has no such mapping of it.
+   */
+  readonly presentAddress?: number | undefined;
   readonly bytes: Uint8Array;
 }
 
@@ -44,11 +49,12 @@ interface Mapped extends GuestRegion {
   readonly halves: Uint16Array;
 }
 
-function mapped({ gpa, size, hostAddress, bytes }: GuestRegion): Mapped {
+function mapped({ gpa, size, hostAddress, presentAddress, bytes }: GuestRegion): Mapped {
   return {
     gpa,
     size,
     hostAddress,
+    presentAddress,
     bytes,
     end: gpa + size,
     words: new Int32Array(bytes.buffer, bytes.byteOffset, size / 4),
@@ -119,6 +125,12 @@ export class GuestMemory implements GuestAccess {
   hostAddress(gpa: number): number {
     const r = this.#at(gpa, 1);
     return r.hostAddress + (gpa - r.gpa);
+  }
+
+  /** The same in the mapping at GuestRegion.presentAddress, if there is one. */
+  presentAddress(gpa: number): number | undefined {
+    const { gpa: start, presentAddress } = this.#at(gpa, 1);
+    return presentAddress === undefined ? undefined : presentAddress + (gpa - start);
   }
 
   /** Of `gfns`, which are RAM, those that `regions` would back with other memory, or with none. */

@@ -228,7 +228,7 @@ export class Backend implements Actor {
     this.#rung = true; // for what the one that died has not answered
     this.#job = () => {
       this.#memory.setRegions(this.#o.memory.regions);
-      this.#tracker.adopt([...this.host.pages].map(([handle, gfn]): [Gfn, number] => [gfn, handle]));
+      this.#tracker.adopt([...this.host.pages].map(({ gfn, handle }): [Gfn, number] => [gfn, handle]));
     };
   }
 
@@ -321,7 +321,7 @@ export class CheckedTracker extends Tracker {
   }
 
   override pin(ranges: Parameters<Tracker["pin"]>[0]): number {
-    const before = new Set(this.#host.pages.values());
+    const before = new Set([...this.#host.pages].map(({ gfn }) => gfn));
     const since = this.#claims.now;
     const status = super.pin(ranges);
     if (status === VIRTIO_IOMMU_S_OK) {
@@ -332,7 +332,7 @@ export class CheckedTracker extends Tracker {
             throw new Violation(`PIN of frame ${gfn + i} is OK, but it is not held`);
         }
     } else
-      for (const gfn of this.#host.pages.values())
+      for (const { gfn } of this.#host.pages)
         if (!before.has(gfn))
           throw new Violation(`PIN was refused with ${status}, but frame ${gfn} was pinned`);
     return status;

@@ -39,13 +39,18 @@ export class Checks {
     this.#hostile = o.hostile;
   }
 
-  /** The host has pinned a page. */
-  pinned(gfn: Gfn): void {
-    this.claims.forget(gfn);
+  /**
+   * The host has pinned a page. `present`: through the mapping that gives none memory; `anew`: the frame had been discarded,
+   * and now has memory.
+   */
+  pinned(gfn: Gfn, present: boolean, anew: boolean): void {
+    if (!present) this.claims.forget(gfn);
     if (!this.#isRam(gfn)) throw new Violation(`frame ${gfn} is pinned, which is not RAM`);
     const held = this.#host.pages.size;
     const quota = this.#quota();
-    if (held > quota) throw new Violation(`${held} pages are pinned, the quota is ${quota}`);
+    if (present && anew) throw new Violation(`frame ${gfn}, which was discarded, gets memory from a split`);
+    // While an extent is split, its rest is pinned twice.
+    if (held > quota && !present) throw new Violation(`${held} pages are pinned, the quota is ${quota}`);
   }
 
   /** The host has let go of a page. */
@@ -177,6 +182,6 @@ export class Checks {
   /** Everything is unmapped, and passes enough have been: nothing may be pinned any more. */
   atRest(): void {
     if (this.#host.pages.size > 0)
-      throw new Violation(`frames ${[...this.#host.pages.values()]} are idle and stay pinned`);
+      throw new Violation(`frames ${[...this.#host.pages].map(({ gfn }) => gfn)} are idle and stay pinned`);
   }
 }

@@ -16,7 +16,7 @@ import { VIRTIO_IOMMU_S_OK } from "../wire/virtio-iommu.ts";
 import { type BackendParts, CheckedTracker } from "./backend.ts";
 import { Checks } from "./checks.ts";
 import { ClaimsModel } from "./claims-model.ts";
-import { FakeHost, HOST_BASE } from "./fake-host.ts";
+import { FakeHost, HOST_BASE, PRESENT } from "./fake-host.ts";
 import { HostTurn } from "./host-turn.ts";
 import { type Operation, Process } from "./process.ts";
 import { SteppedMemory, SteppedWords } from "./stepped-memory.ts";
@@ -28,6 +28,8 @@ import type { Twin } from "./world.ts";
 export interface SmallWorld {
   /** Words of the units of frames 0, 1, … at the start; those with P are pinned. */
   readonly units: readonly number[];
+  /** They are one pin of the host's. */
+  readonly extent?: boolean;
   /** CPUs: the frames that each maps, moves data in, and unmaps, one after the other. */
   readonly cpus: readonly (readonly number[])[];
   /** Unpin passes. */
@@ -149,7 +151,10 @@ class SmallMachine {
 
   constructor(world: SmallWorld, twin: Twin, schedules: AllSchedules) {
     const bytes = new Uint8Array(FRAMES * FRAME_SIZE);
-    const regions: GuestRegion[] = [{ gpa: 0 as Gpa, size: bytes.length, hostAddress: HOST_BASE, bytes }];
+    const hostAddress = HOST_BASE;
+    const regions: GuestRegion[] = [
+      { gpa: 0 as Gpa, size: bytes.length, hostAddress, presentAddress: PRESENT + hostAddress, bytes },
+    ];
     this.#memory = new GuestMemory(regions);
     this.#words = createIommuBuffer(FRAMES);
     const schedule = {
@@ -171,7 +176,7 @@ class SmallMachine {
         pin: () => (this.#backend.turn.on && refuses(world.pinsFail) ? "EIO" : undefined),
         release: () => !refuses(world.releasesFail),
       },
-      { pinned: (gfn) => this.#checks.pinned(gfn), released: (gfn) => this.#checks.released(gfn) },
+      { pinned: (...args) => this.#checks.pinned(...args), released: (gfn) => this.#checks.released(gfn) },
     );
     const quota = world.quota ?? Number.POSITIVE_INFINITY;
     const isRam = (gfn: number) => gfn < FRAMES;
@@ -239,6 +244,7 @@ class SmallMachine {
     if (!tracker.activate(TABLE.first * FRAME_SIZE, 1, true, world.harvests !== undefined))
       throw new InvariantViolation("no table");
     if (world.harvests !== undefined) tracker.dirty.start();
+    if (world.extent) tracker.pin([{ gfn: 0, nrFrames: world.units.length }]);
     world.units.forEach((word, gfn) => {
       if (word & TU_PINNED) tracker.pin([{ gfn, nrFrames: 1 }]);
       this.#memory.store32(unitOf(gfn), word | 0);

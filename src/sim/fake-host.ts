@@ -6,6 +6,8 @@ import { step, type Turn } from "./turn.ts";
 
 /** Where the host has guest frame 0 mapped: a number to compute with, which nobody follows. */
 export const HOST_BASE = 0x7f00_0000_0000;
+/** From a host address to the same page in the second mapping, GuestRegion.presentAddress. */
+export const PRESENT = 2 ** 50;
 
 /** What the fake kernel does next: grant, or refuse with an errno. */
 export interface HostFaults {
@@ -15,22 +17,29 @@ export interface HostFaults {
 
 /** What the fake kernel tells, at the moment at which it happens. */
 export interface HostObserver {
-  pinned(gfn: Gfn): void;
+  /** `present`: in the second mapping; `anew`: the frame had been discarded, and the pin has given it memory. */
+  pinned(gfn: Gfn, present: boolean, anew: boolean): void;
   released(gfn: Gfn): void;
+}
+
+/** One page of a pin. */
+export interface PinnedPage {
+  readonly gfn: Gfn;
+  readonly handle: number;
+  /** It has been discarded: the guest sees another one. */
+  stale: boolean;
 }
 
 /** The host's kernel: pins pages one step at a time, refuses as it is told, and survives the backend. */
 export class FakeHost implements Pinner {
   readonly name = "model";
   readonly kernelSource = "none";
-  /** Frames by the handle of their pin. */
-  readonly pages = new Map<number, Gfn>();
+  readonly pages = new Set<PinnedPage>();
+  readonly #byHandle = new Map<number, readonly PinnedPage[]>();
   /** Pins that were refused. */
   failures = 0;
   readonly #pins = new Map<Gfn, number>();
   readonly #holes = new Set<Gfn>();
-  /** Handles of pins whose page has been discarded. */
-  readonly #stale = new Set<number>();
   readonly #faults: HostFaults;
   readonly #observer: HostObserver;
   #turn: Turn;
@@ -43,13 +52,18 @@ export class FakeHost implements Pinner {
   }
 
   holds(gfn: number): boolean {
-    return (this.#pins.get(gfn as Gfn) ?? 0) > 0;
+    return this.pins(gfn) > 0;
+  }
+
+  /** Pins of a frame. */
+  pins(gfn: number): number {
+    return this.#pins.get(gfn as Gfn) ?? 0;
   }
 
   /** The memory of a frame is discarded; a pin keeps the page that was there. */
   discard(gfn: Gfn): void {
     this.#holes.add(gfn);
-    for (const [handle, frame] of this.pages) if (frame === gfn) this.#stale.add(handle);
+    for (const page of this.pages) if (page.gfn === gfn) page.stale = true;
   }
 
   /** The guest uses a frame: it gets memory, if it has none. */
@@ -59,15 +73,22 @@ export class FakeHost implements Pinner {
 
   /** Whether the page that the guest sees is pinned. */
   holdsPresent(gfn: number): boolean {
-    for (const [handle, frame] of this.pages) if (frame === gfn && !this.#stale.has(handle)) return true;
+    for (const page of this.pages) if (page.gfn === gfn && !page.stale) return true;
     return false;
   }
 
-  pin(addresses: Float64Array, count: number, handles: Int32Array): void {
+  pin(addresses: Float64Array, count: number, handles: Int32Array, lengths?: Float64Array): void {
     for (let i = 0; i < count; i++) {
-      const place = frameAsPlace((addresses[i]! - HOST_BASE) / FRAME_SIZE);
-      const errno = step(this.#turn, "pin", () => this.#faults.pin(), place);
-      if (errno === undefined) handles[i] = this.#pin(addresses[i]!);
+      const first = ((addresses[i]! % PRESENT) - HOST_BASE) / FRAME_SIZE;
+      const present = addresses[i]! >= PRESENT;
+      const frames = (lengths?.[i] ?? FRAME_SIZE) / FRAME_SIZE;
+      const refusal = () => {
+        for (let gfn = first; present && gfn < first + frames; gfn++)
+          if (!this.hasMemory(gfn as Gfn)) return "EFAULT";
+        return this.#faults.pin();
+      };
+      const errno = step(this.#turn, "pin", refusal, frameAsPlace(first));
+      if (errno === undefined) handles[i] = this.#pin(first, frames, present);
       else {
         this.failures++;
         for (let j = 0; j < i; j++) this.#release(handles[j]!);
@@ -83,7 +104,7 @@ export class FakeHost implements Pinner {
 
   release(handles: Int32Array, count: number): number {
     for (let i = 0; i < count; i++) {
-      const place = frameAsPlace(this.pages.get(handles[i]!)!);
+      const place = frameAsPlace(this.#byHandle.get(handles[i]!)![0]!.gfn);
       if (!step(this.#turn, "release", () => this.#faults.release(), place)) return i;
       this.#release(handles[i]!);
     }
@@ -103,20 +124,33 @@ export class FakeHost implements Pinner {
 
   close(): void {}
 
-  #pin(address: number): number {
-    const gfn = ((address - HOST_BASE) / FRAME_SIZE) as Gfn;
-    this.pages.set(this.#next, gfn);
-    this.#pins.set(gfn, (this.#pins.get(gfn) ?? 0) + 1);
-    this.#holes.delete(gfn);
-    this.#observer.pinned(gfn);
-    return this.#next++;
+  /** As a fault in the second mapping sees it. */
+  protected hasMemory(gfn: Gfn): boolean {
+    return !this.#holes.has(gfn);
+  }
+
+  #pin(first: number, frames: number, present: boolean): number {
+    const handle = this.#next++;
+    const pages = Array.from(
+      { length: frames },
+      (_, i): PinnedPage => ({ gfn: (first + i) as Gfn, handle, stale: false }),
+    );
+    this.#byHandle.set(handle, pages);
+    for (const page of pages) {
+      this.pages.add(page);
+      this.#pins.set(page.gfn, this.pins(page.gfn) + 1);
+      this.#observer.pinned(page.gfn, present, this.#holes.delete(page.gfn));
+    }
+    return handle;
   }
 
   #release(handle: number): void {
-    const gfn = this.pages.get(handle)!;
-    this.pages.delete(handle);
-    this.#stale.delete(handle);
-    this.#pins.set(gfn, this.#pins.get(gfn)! - 1);
-    if (!this.holds(gfn)) this.#observer.released(gfn);
+    const pages = this.#byHandle.get(handle)!;
+    this.#byHandle.delete(handle);
+    for (const page of pages) {
+      this.pages.delete(page);
+      this.#pins.set(page.gfn, this.pins(page.gfn) - 1);
+      if (!this.holds(page.gfn)) this.#observer.released(page.gfn);
+    }
   }
 }

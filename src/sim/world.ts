@@ -17,7 +17,7 @@ import { Checks } from "./checks.ts";
 import { ClaimsModel } from "./claims-model.ts";
 import { DmaEngine, type MakeGate } from "./dma-engine.ts";
 import { DriverArrival } from "./driver-arrival.ts";
-import { type FakeHost, HOST_BASE } from "./fake-host.ts";
+import { type FakeHost, HOST_BASE, PRESENT } from "./fake-host.ts";
 import { FaultChecks } from "./fault-checks.ts";
 import { Guest } from "./guest.ts";
 import { GuestCpu } from "./guest-cpu.ts";
@@ -62,6 +62,7 @@ const ram = ({ first, frames }: { first: number; frames: number }): GuestRegion 
   gpa: (first * FRAME_SIZE) as Gpa,
   size: frames * FRAME_SIZE,
   hostAddress: HOST_BASE + first * FRAME_SIZE,
+  presentAddress: PRESENT + HOST_BASE + first * FRAME_SIZE,
   bytes: new Uint8Array(new SharedArrayBuffer(frames * FRAME_SIZE)),
 });
 
@@ -284,7 +285,7 @@ export class World {
         release: () => !oneIn(settings.releaseFails),
       },
       observer: {
-        pinned: (gfn) => this.checks.pinned(gfn),
+        pinned: (...args) => this.checks.pinned(...args),
         released: (gfn) => this.checks.released(gfn),
       },
       kickLost: () => {

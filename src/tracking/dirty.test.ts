@@ -190,10 +190,10 @@ test("a backend that takes over pins gives all of them", () => {
   const dead = tracking();
   pinned(dead, { 5: 0, 6: 0 });
   const m = machine();
-  for (const [handle, address] of dead.pinner.pages) m.pinner.pages.set(handle, address);
+  m.pinner.inherit(dead.pinner);
   m.tracker.dirty.start();
   m.tracker.adopt(
-    [...dead.pinner.pages].map(([handle, address]) => [
+    [...dead.pinner.handles()].map(([address, handle]) => [
       ((address - dead.memory.hostAddress(0)) / 4096) as Gfn,
       handle,
     ]),

@@ -79,6 +79,11 @@ export class Ledger {
     return this.#handles[this.#idOf(gfn)]!;
   }
 
+  /** The frame has another pin. */
+  setHandle(gfn: Gfn, handle: number): void {
+    this.#handles[this.#idOf(gfn)] = handle;
+  }
+
   generation(gfn: Gfn): number {
     return this.#generations[this.#idOf(gfn)]!;
   }

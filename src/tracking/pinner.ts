@@ -4,10 +4,10 @@ export interface Pinner {
   readonly name: string;
 
   /**
-   * Pin one 4 KiB page at each of the first `count` virtual addresses, for reading and writing, and store a handle
-   * (>= 0) for each. All or nothing: on HostError nothing is newly pinned.
+   * Pin one 4 KiB page, or `lengths[i]` bytes of whole pages, at each of the first `count` virtual addresses, for reading
+   * and writing, and store a handle (>= 0) for each. All or nothing: on HostError nothing is newly pinned.
    */
-  pin(addresses: Float64Array, count: number, handles: Int32Array): void;
+  pin(addresses: Float64Array, count: number, handles: Int32Array, lengths?: Float64Array): void;
 
   /** Pin `length` bytes (whole pages, at most 1 GiB) at `address` as one; returns its handle. Throws HostError. */
   pinExtent(address: number, length: number): number;

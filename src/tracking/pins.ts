@@ -3,6 +3,7 @@ import { grown } from "../base/frame-index.ts";
 import { type Gfn, gpaOf, type Nanoseconds } from "../base/units.ts";
 import type { GuestMemory } from "../memory/guest-memory.ts";
 import type { GfnBuffer, UnpinPolicy } from "../policy/policy.ts";
+import { Extents } from "./extents.ts";
 import { Ledger, NO_TABLE, ONLY_DOMAINS } from "./ledger.ts";
 import { framesOf, type Mapping } from "./mapping-trees.ts";
 import type { Pinner } from "./pinner.ts";
@@ -16,6 +17,7 @@ export class Pins {
   readonly ledger: Ledger;
   readonly #memory: GuestMemory;
   readonly #pinner: Pinner;
+  readonly #extents: Extents;
   readonly #iommu: SoftwareIommu;
   readonly #clock: Clock;
   #policy: UnpinPolicy;
@@ -26,8 +28,6 @@ export class Pins {
   #addresses = new Float64Array(256);
   #handles = new Int32Array(256);
   #lost = new Uint8Array(256);
-  /** Pins that had to go while the host refused to let go of them: of no frame any more, tried again later. */
-  #orphans: number[] = [];
 
   constructor(o: {
     readonly memory: GuestMemory;
@@ -38,10 +38,11 @@ export class Pins {
   }) {
     this.#memory = o.memory;
     this.#pinner = o.pinner;
+    this.ledger = new Ledger((gfn, claimed) => o.iommu.setUnused(gfn, claimed));
+    this.#extents = new Extents(o.memory, o.pinner, this.ledger);
     this.#iommu = o.iommu;
     this.#policy = o.policy;
     this.#clock = o.clock;
-    this.ledger = new Ledger((gfn, claimed) => o.iommu.setUnused(gfn, claimed));
   }
 
   get policy(): UnpinPolicy {
@@ -71,24 +72,16 @@ export class Pins {
   get size(): number {
     return this.ledger.size + this.orphans;
   }
-  /** Of them, those of no frame any more. */
+  /** Of them, those of no frame any more: they had to go while the host kept them, and are tried again. */
   get orphans(): number {
-    return this.#orphans.length;
+    return this.#extents.orphans;
   }
 
   /** Pin frames that are RAM and not pinned yet. Throws HostError; then none of them is. */
   pin(gfns: readonly Gfn[], generation: number): void {
     if (gfns.length === 0) return;
-    this.#addresses = grown(this.#addresses, gfns.length);
-    this.#handles = grown(this.#handles, gfns.length);
-    gfns.forEach((gfn, i) => {
-      this.#addresses[i] = this.#memory.hostAddress(gpaOf(gfn));
-    });
-    this.#pinner.pin(this.#addresses, gfns.length, this.#handles);
     const now = this.#clock.now();
-    gfns.forEach((gfn, i) => {
-      this.#hold(gfn, this.#handles[i]!, generation, now);
-    });
+    this.#extents.pin(gfns, (gfn, handle) => this.#hold(gfn, handle, generation, now));
   }
 
   #hold(gfn: Gfn, handle: number, generation: number, now: Nanoseconds): void {
@@ -97,21 +90,20 @@ export class Pins {
     if (slot < this.#told) this.#policy.pinned(gfn, now);
   }
 
-  /** Take over pins that an earlier backend made and did not release; the host still holds them. */
-  adopt(pins: Iterable<readonly [gfn: Gfn, handle: number]>): void {
+  /** Take over pins that an earlier backend made and did not release; the host still holds them. See Extents.adopt(). */
+  adopt(pages: Iterable<readonly [gfn: Gfn, handle: number]>): void {
     const now = this.#clock.now();
-    for (const [gfn, handle] of pins) {
-      if (this.ledger.has(gfn)) {
-        this.#orphans.push(handle);
-        continue;
-      }
-      this.#hold(gfn, handle, NO_TABLE, now);
-    }
+    this.#extents.adopt(pages, (gfn, handle) => this.#hold(gfn, handle, NO_TABLE, now));
+  }
+
+  /** Append frames that are to be tried too, see Extents.addDiscarded(). */
+  addDiscarded(gfns: GfnBuffer): void {
+    this.#extents.addDiscarded(gfns);
   }
 
   /**
-   * Unpin frames whose P has been cleared, in order. Returns how many went: those after them are pinned as before,
-   * because a device kept a DMA window open or the host refused.
+   * Unpin frames whose P has been cleared. Returns how many went, and leaves the others in `gfns`: they are pinned as
+   * before, because a device kept a DMA window open or the host refused.
    */
   unpin(gfns: GfnBuffer, now: Nanoseconds): number {
     const count = gfns.length;
@@ -121,14 +113,16 @@ export class Pins {
       this.#iommu.revoke(gfns.at(i));
       this.#handles[i] = this.ledger.handle(gfns.at(i));
     }
-    const released = this.#iommu.quiesce() ? this.#pinner.release(this.#handles, count) : 0;
-    for (let i = 0; i < count; i++) {
+    const gone = this.#iommu.quiesce() ? this.#extents.release(gfns) : undefined;
+    gfns.keep((i) => {
       const gfn = gfns.at(i);
-      if (i < released) this.ledger.remove(gfn);
+      const went = gone?.has(this.#handles[i]!) === true;
+      if (went) this.ledger.remove(gfn);
       else this.#iommu.allow(gfn);
-      this.#policy.tried(gfn, i < released ? "claimed" : "refused", now);
-    }
-    return released;
+      this.#policy.tried(gfn, went ? "claimed" : "refused", now);
+      return !went;
+    });
+    return count - gfns.length;
   }
 
   /** Keep of `gfns`, which are pinned, those whose memory the host has lost meanwhile. Throws HostError. */
@@ -167,15 +161,13 @@ export class Pins {
   drop(gfns: readonly Gfn[]): void {
     for (const gfn of gfns) {
       this.#iommu.revoke(gfn);
-      this.#orphans.push(this.ledger.remove(gfn));
+      this.#extents.abandon(this.ledger.remove(gfn));
       this.#policy.tried(gfn, "gone", this.#clock.now());
     }
     this.releaseOrphans();
   }
 
   releaseOrphans(): void {
-    if (this.#orphans.length === 0 || !this.#iommu.quiesce()) return;
-    const released = this.#pinner.release(Int32Array.from(this.#orphans), this.#orphans.length);
-    this.#orphans = this.#orphans.slice(released);
+    if (this.orphans > 0 && this.#iommu.quiesce()) this.#extents.releaseOrphans();
   }
 }

@@ -49,12 +49,12 @@ test("a backend that starts in place of one that died keeps the pins, and unpins
   const dead = active();
   dead.map(5);
   idle(dead, 6);
-  const pins = [...dead.pinner.pages].map(([handle, address]): [Gfn, number] => [
+  const pins = [...dead.pinner.handles()].map(([address, handle]): [Gfn, number] => [
     ((address - HOST_BASE) / 4096) as Gfn,
     handle,
   ]);
   const m = machine();
-  for (const [handle, address] of dead.pinner.pages) m.pinner.pages.set(handle, address);
+  m.pinner.inherit(dead.pinner);
   m.tracker.adopt(pins);
   assert.deepEqual([m.tracker.life, m.tracker.pinned, ...m.held(5, 6)], ["frozen", 2, true, true]);
   m.table.set(5, 1);

@@ -47,16 +47,12 @@ test("a pass goes on in slices of at most 256 frames, and a request is served be
   const m = active();
   idle(m, ...frames(0, 600));
   m.pass();
-  let released = 0;
-  m.pinner.before = (what) => {
-    if (what === "release") released++;
-  };
   m.tracker.startPass();
   const slices: number[] = [];
   for (let more = true; more; ) {
-    released = 0;
+    const before = m.counters.framesUnpinned;
     more = m.tracker.slice();
-    slices.push(released);
+    slices.push(m.counters.framesUnpinned - before);
     if (slices.length === 1) assert.equal(m.map(700), OK);
   }
   assert.deepEqual(slices, [256, 256, 88, 0]);
@@ -88,21 +84,21 @@ test("parked: no pass begins, one that is under way ends, and passes work again 
 });
 
 for (const [granted, left] of [
-  [0, [0, 1, 2]],
-  [1, [1, 2]],
-  [2, [2]],
+  [0, [0, 2, 4]],
+  [1, [2, 4]],
+  [2, [4]],
 ] as const)
   test(`the host releases ${granted} of 3 pages: P and the IOMMU entries of the others are back`, () => {
     const m = active();
-    idle(m, 0, 1, 2);
+    idle(m, 0, 2, 4);
     m.pass();
     m.pinner.releasesMax = granted;
     m.pass();
     assert.deepEqual(
-      m.held(0, 1, 2),
-      [0, 1, 2].map((gfn) => (left as readonly number[]).includes(gfn)),
+      m.held(0, 2, 4),
+      [0, 2, 4].map((gfn) => (left as readonly number[]).includes(gfn)),
     );
-    for (const gfn of [0, 1, 2])
+    for (const gfn of [0, 2, 4])
       assert.equal(m.table.word(gfn), (left as readonly number[]).includes(gfn) ? P : 0);
     m.pinner.releasesMax = Number.POSITIVE_INFINITY;
     m.pass();

@@ -1,8 +1,9 @@
 import type { Clock } from "../base/clock.ts";
 import type { Gfn, Nanoseconds } from "../base/units.ts";
-import { GfnBuffer } from "../policy/policy.ts";
+import { type Claim, GfnBuffer } from "../policy/policy.ts";
 import type { TrackingCounters } from "./counters.ts";
 import type { DirtyTracking } from "./dirty.ts";
+import { EXTENT_FRAMES } from "./extents.ts";
 import type { Pins } from "./pins.ts";
 import type { TableInUse } from "./table-in-use.ts";
 
@@ -44,7 +45,7 @@ export class UnpinPasses {
   #mapped = 0;
   // Scratch of a slice, which may run inside a request that needs room.
   readonly #candidates = new GfnBuffer(SLICE_FRAMES);
-  readonly #claimed = new GfnBuffer(SLICE_FRAMES);
+  readonly #claimed = new GfnBuffer(SLICE_FRAMES * EXTENT_FRAMES);
 
   constructor(options: UnpinPassesOptions) {
     this.#o = options;
@@ -112,24 +113,32 @@ export class UnpinPasses {
 
   /** Returns how many went. `accessed`: also those that were mapped lately; then it is no try of the policy's. */
   #unpinCandidates(now: Nanoseconds, accessed: boolean): number {
-    const { pins, table, dirty, counters } = this.#o;
+    const { pins, table, counters } = this.#o;
     this.#claimed.clear();
     for (let i = 0; i < this.#candidates.length; i++) {
       const gfn = this.#candidates.at(i);
-      let outcome = table.claim(gfn);
-      // That has cleared A.
-      if (accessed && outcome === "accessed") outcome = table.claim(gfn);
-      if (outcome === "claimed") {
-        this.#claimed.push(gfn);
-        dirty.leaves(gfn);
-      } else if (!accessed) {
+      const outcome = this.#claim(gfn, accessed);
+      if (outcome === "claimed") this.#claimed.push(gfn);
+      else if (!accessed) {
         if (outcome === "mapped") this.#mapped++;
         pins.policy.tried(gfn, outcome, now);
       }
     }
+    const asked = this.#claimed.length;
+    pins.addDiscarded(this.#claimed);
+    this.#claimed.keep((i) => i < asked || this.#claim(this.#claimed.at(i), true) === "claimed");
     const unpinned = pins.unpin(this.#claimed, now);
-    for (let i = unpinned; i < this.#claimed.length; i++) table.unclaim(this.#claimed.at(i));
+    for (let i = 0; i < this.#claimed.length; i++) table.unclaim(this.#claimed.at(i));
     counters.framesUnpinned += unpinned;
     return unpinned;
+  }
+
+  #claim(gfn: Gfn, accessed: boolean): Claim {
+    const { table, dirty } = this.#o;
+    let outcome = table.claim(gfn);
+    // That has cleared A.
+    if (accessed && outcome === "accessed") outcome = table.claim(gfn);
+    if (outcome === "claimed") dirty.leaves(gfn);
+    return outcome;
   }
 }

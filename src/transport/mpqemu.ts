@@ -31,7 +31,7 @@ export interface MpqemuPorts {
   readonly socket: MessageSocket;
   readonly function: PciFunction;
   /** Map `size` bytes at `offset` of a RAM file. Takes over `fd`. */
-  map(fd: number, offset: number, size: number): { readonly hostAddress: number; readonly bytes: Uint8Array };
+  map(fd: number, offset: number, size: number): Omit<GuestRegion, "gpa" | "size">;
   closeFd(fd: number): void;
   /** QEMU's memory map has changed. */
   memory(regions: readonly GuestRegion[]): void;

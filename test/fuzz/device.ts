@@ -28,7 +28,7 @@ import { ENTRY_PRESENT, TU_ACCESSED, TU_COUNT, TU_PINNED } from "../../src/wire/
 import { VIRTIO_STATUS_DRIVER_OK, VirtioPciCommonCfg } from "../../src/wire/pci.ts";
 import { Fault } from "../../src/wire/virtio-iommu.ts";
 import { FakeClock } from "../support/clock.ts";
-import { HOST_BASE, ramRegion, store64 } from "../support/guest.ts";
+import { HOST_BASE, PRESENT, ramRegion, store64 } from "../support/guest.ts";
 import { FakePinner } from "../support/pinner.ts";
 
 /** Guest RAM: the driver's memory, other memory, memory in firmware's window, and memory with a leaf of its own. */
@@ -343,11 +343,14 @@ function spoils({ opcode, operands }: Served): boolean {
 /** A host that knows what it may be asked to pin. */
 class CheckedPinner extends FakePinner {
   mayPin: (address: number) => boolean = () => false;
-  override pin(addresses: Float64Array, count: number, handles: Int32Array): void {
-    for (const address of addresses.subarray(0, count))
-      if (!this.mayPin(address))
-        throw new OracleError(`the host is asked to pin 0x${address.toString(16)}, which is not guest RAM`);
-    super.pin(addresses, count, handles);
+  override pin(...[addresses, count, handles, lengths]: Parameters<FakePinner["pin"]>): void {
+    for (let i = 0; i < count; i++)
+      for (let at = 0; at < (lengths?.[i] ?? FRAME_SIZE); at += FRAME_SIZE) {
+        const address = (addresses[i]! % PRESENT) + at;
+        if (!this.mayPin(address))
+          throw new OracleError(`the host is asked to pin 0x${address.toString(16)}, which is not guest RAM`);
+      }
+    super.pin(addresses, count, handles, lengths);
   }
 }
 

@@ -35,7 +35,8 @@ for (const target of targets)
 class Credulous extends GuestMemory {
   override find(gpa: number, length: number) {
     const real = super.find(gpa, length);
-    return real ?? (gpa + length <= 32 * FRAME_SIZE ? this.regions[0] : undefined);
+    const [first] = this.regions;
+    return real ?? (first?.gpa === 0 && gpa + length <= 32 * FRAME_SIZE ? first : undefined);
   }
   override hostAddress(gpa: number): number {
     return HOST_BASE + gpa;

@@ -13,7 +13,7 @@ import * as wire from "../../src/wire/mpqemu.ts";
 import { barRegister } from "../../src/wire/pci.ts";
 import { putUint } from "../../src/wire/struct.ts";
 import { FakeClock } from "../support/clock.ts";
-import { HOST_BASE } from "../support/guest.ts";
+import { HOST_BASE, PRESENT } from "../support/guest.ts";
 import { FakePinner } from "../support/pinner.ts";
 import { check } from "./device.ts";
 import type { Next, Target } from "./fuzzer.ts";
@@ -103,7 +103,9 @@ function serverFor(peer: Peer, { frontEnd, noQuota }: Parts, closeFd: (fd: numbe
       closeFd(fd);
       if (!(offset >= 0 && size > 0 && offset + size <= FILE_SIZE))
         throw new ProtocolError("beyond the file");
-      return { hostAddress: HOST_BASE + offset, bytes: file.subarray(offset, offset + size) };
+      const hostAddress = HOST_BASE + offset;
+      const bytes = file.subarray(offset, offset + size);
+      return { hostAddress, presentAddress: PRESENT + hostAddress, bytes };
     },
     closeFd,
     memory: (regions) => tracker.setMemory(regions),

@@ -24,6 +24,14 @@ const worlds: Readonly<Record<string, SmallWorld>> = {
     releasesFail: true,
     pinsFail: true,
   },
+  "an extent of which one frame goes, and a host that may refuse each release and pin": {
+    units: [P, P + A],
+    extent: true,
+    cpus: [[0], [1]],
+    passes: 1,
+    releasesFail: true,
+    pinsFail: true,
+  },
   "two force-unpins of a frame that was mapped lately, two CPUs that map it": {
     units: [P + A],
     cpus: [[0], [0]],
@@ -55,6 +63,12 @@ const found: Readonly<Record<string, SmallWorld>> = {
   "an unpin by load and store instead of one CAS": { units: [P], cpus: [[0]], passes: 1 },
   "an unpin that ignores COUNT": { units: [P], cpus: [[0]], passes: 1 },
   "a force-unpin that ignores COUNT": { units: [P + A], cpus: [[0]], passes: 1, forced: 1 },
+  "an extent that is released before its rest is pinned": {
+    units: [P, P],
+    extent: true,
+    cpus: [[0]],
+    passes: 1,
+  },
   "P cleared after the release": { units: [P], cpus: [[0]], passes: 1 },
   "P set before the page is pinned": { units: [0], cpus: [[0], [0]], passes: 0 },
   "an IOMMU that keeps what was revoked": { units: [P], cpus: [], passes: 1 },

@@ -4,7 +4,7 @@ import { TrackingUnits } from "../../src/driver/units.ts";
 import type { GuestMemory } from "../../src/memory/guest-memory.ts";
 import type { UnpinPolicy } from "../../src/policy/policy.ts";
 import { CheckedTracker } from "../../src/sim/backend.ts";
-import { FakeHost, HOST_BASE } from "../../src/sim/fake-host.ts";
+import { FakeHost, HOST_BASE, PRESENT } from "../../src/sim/fake-host.ts";
 import type { Settings } from "../../src/sim/settings.ts";
 import type { Twin } from "../../src/sim/world.ts";
 import { DmaTrackingTable, NO_UNIT, type Unit } from "../../src/tracking/dtt.ts";
@@ -14,6 +14,7 @@ import { TU_COUNT, TU_DIRTY, TU_PINNED, TU_WRITABLE } from "../../src/wire/dtt.t
 import { claimTwins } from "./twins-of-claims.ts";
 import { domainTwins } from "./twins-of-domains.ts";
 import { faultTwins } from "./twins-of-faults.ts";
+import { BALLOONS, hostTwins } from "./twins-of-hosts.ts";
 
 /** A protocol broken in one place, and what a checker says of it. */
 export interface BrokenTwin {
@@ -21,10 +22,9 @@ export interface BrokenTwin {
   readonly found: RegExp;
   /** Of the worlds in which it shows soon. */
   readonly settings?: Partial<Settings>;
+  /** Steps in which it shows for sure, where those that others need are too few. */
+  readonly stepsMax?: number;
 }
-
-/** P of what is in the balloon outlives the time there. */
-const BALLOONS: Partial<Settings> = { balloon: true, interval: 10, hostile: false };
 
 const P = TU_PINNED | 0;
 const UNHARVESTED = /before a harvest, which does not give it/;
@@ -103,9 +103,9 @@ function lateTwin(): Twin {
   let table: OpenTable | undefined;
   class LateHost extends FakeHost {
     override release(handles: Int32Array, count: number): number {
-      const frames = [...handles.subarray(0, count)].map((handle) => this.pages.get(handle)!);
+      const before = [...this.pages];
       const released = super.release(handles, count);
-      for (const gfn of frames.slice(0, released)) {
+      for (const { gfn } of before.filter((page) => !this.pages.has(page) && !this.holds(page.gfn))) {
         const unit = table?.walk(gfn) ?? NO_UNIT;
         if (unit !== NO_UNIT) table!.clearPinned(unit);
       }
@@ -126,12 +126,12 @@ function lateTwin(): Twin {
 function earlyTwin(): Twin {
   let table: OpenTable | undefined;
   class EarlyHost extends FakeHost {
-    override pin(addresses: Float64Array, count: number, handles: Int32Array): void {
+    override pin(...[addresses, count, ...others]: Parameters<FakeHost["pin"]>): void {
       for (const address of addresses.subarray(0, count)) {
-        const unit = table?.walk(((address - HOST_BASE) / 4096) as never) ?? NO_UNIT;
+        const unit = table?.walk((((address % PRESENT) - HOST_BASE) / 4096) as never) ?? NO_UNIT;
         if (unit !== NO_UNIT) table!.setPinned(unit);
       }
-      super.pin(addresses, count, handles);
+      super.pin(addresses, count, ...others);
     }
   }
   return {
@@ -153,23 +153,6 @@ class HastyIommu extends SoftwareIommu {
 
 class LaxIommu extends SoftwareIommu {
   override revoke(): void {}
-}
-
-/** Keeps what it pinned of a batch that fails. */
-class HoardingHost extends FakeHost {
-  override pin(addresses: Float64Array, count: number, handles: Int32Array): void {
-    for (let i = 0; i < count; i++) super.pin(addresses.subarray(i), 1, handles.subarray(i));
-  }
-}
-
-class StrayHost extends FakeHost {
-  override pin(addresses: Float64Array, count: number, handles: Int32Array): void {
-    super.pin(
-      addresses.map((address) => address + 64 * 4096),
-      count,
-      handles,
-    );
-  }
 }
 
 /** Looks at P, and counts then. */
@@ -360,14 +343,7 @@ export const twins: Readonly<Record<string, BrokenTwin>> = {
     twin: { backend: { makeIommu: (...args) => new LaxIommu(...args) } },
     found: /the IOMMU allows frames|DMA to frame/,
   },
-  "a batch of pins that fails half way and keeps what it has": {
-    twin: { backend: { makeHost: (...args) => new HoardingHost(...args) } },
-    found: /PIN was refused|the host holds/,
-  },
-  "a pin of the wrong page": {
-    twin: { backend: { makeHost: (...args) => new StrayHost(...args) } },
-    found: /which is not RAM|does not/,
-  },
+  ...hostTwins,
   "no quota": { twin: { backend: { quota: () => Number.POSITIVE_INFINITY } }, found: /the quota is/ },
   "a quota that is not changed at run time": {
     twin: { backend: { makeTracker: (...args) => new DeafTracker(...args) } },
@@ -408,7 +384,8 @@ export const twins: Readonly<Record<string, BrokenTwin>> = {
   },
   "a driver that looks at P before it counts": {
     twin: { driver: { openUnits: (...args) => new LookingUnits(...args) } },
-    found: LOST,
+    // What is written between the claim and the release is in no unit that counts.
+    found: new RegExp(`${LOST.source}|${UNHARVESTED.source}`),
   },
   "a driver that counts down by load and store": {
     twin: { driver: { openUnits: (...args) => new TornUnits(...args) } },

@@ -26,17 +26,26 @@ import {
 } from "./arena.ts";
 
 const orders: Orders = JSON.parse(process.argv[2]!);
-const region = inheritedRam();
+/** What only counts pins finds a page at one address. */
+const region = (({ hostAddress, ...others }) => ({ hostAddress, presentAddress: hostAddress, ...others }))(
+  inheritedRam(),
+);
 const memory = new GuestMemory();
 
-/** A page's handle is its frame. */
+/** By handle, the frames of a pin; and how many pins a frame has: two while an extent is split. */
+const pins: number[][] = [];
+const pinsOf = new Int32Array(RAM / 4096);
 const pinner: Pinner = {
   name: "shared words",
   kernelSource: "none",
-  pin(addresses, count, handles) {
+  pin(addresses, count, handles, lengths) {
     for (let i = 0; i < count; i++) {
-      handles[i] = (addresses[i]! - region.hostAddress) / 4096;
-      if (memory.add32(heldWord(handles[i]!), 1) % 2) throw new Error(`frame ${handles[i]} is pinned twice`);
+      const first = (addresses[i]! - region.hostAddress) / 4096;
+      const frames = Array.from({ length: (lengths?.[i] ?? 4096) / 4096 }, (_, page) => first + page);
+      handles[i] = pins.push(frames) - 1;
+      for (const gfn of frames)
+        if (++pinsOf[gfn]! === 1 && memory.add32(heldWord(gfn), 1) % 2)
+          throw new Error(`frame ${gfn} is pinned twice`);
     }
   },
   pinExtent() {
@@ -44,11 +53,12 @@ const pinner: Pinner = {
   },
   release(handles, count) {
     for (let i = 0; i < count; i++)
-      if (memory.add32(heldWord(handles[i]!), 1) % 2 === 0)
-        throw new Error(`frame ${handles[i]} is released twice`);
+      for (const gfn of pins[handles[i]!]!)
+        if (--pinsOf[gfn]! === 0 && memory.add32(heldWord(gfn), 1) % 2 === 0)
+          throw new Error(`frame ${gfn} is released twice`);
     return count;
   },
-  discarded: () => {},
+  discarded: (_addresses, count, out) => void out.fill(0, 0, count),
   kernelPinnedPages: () => null,
   close() {},
 };

@@ -5,11 +5,14 @@ import { ENTRY_PRESENT, entryOffset, TU_ACCESSED, TU_PINNED } from "../../src/wi
 
 /** Where the host "maps" guest RAM: a number to tell frames apart by, which nobody follows. */
 export const HOST_BASE = 0x7f00_0000_0000;
+/** From a host address to the same page in the second mapping, GuestRegion.presentAddress. */
+export const PRESENT = 2 ** 50;
 
 /** RAM of whole frames, zeroed; its host addresses are those of a linear mapping at `hostBase`. */
 export function ramRegion(gpa: number, frames: number, hostBase = HOST_BASE): GuestRegion {
   const bytes = new Uint8Array(new ArrayBuffer(frames * FRAME_SIZE));
-  return { gpa: gpa as Gpa, size: bytes.length, hostAddress: hostBase + gpa, bytes };
+  const hostAddress = hostBase + gpa;
+  return { gpa: gpa as Gpa, size: bytes.length, hostAddress, presentAddress: hostAddress + PRESENT, bytes };
 }
 
 /** A guest with one region of RAM, from `gpa` on. */

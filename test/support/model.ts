@@ -99,7 +99,7 @@ export class HostModel {
   #pinFresh(wanted: ReadonlySet<number>): Status {
     for (let attempt = 0; ; attempt++) {
       const fresh = [...wanted].filter((gfn) => !this.pins.has(gfn)).length;
-      const fits = this.pages + fresh <= this.quota;
+      const fits = fresh === 0 || this.pages + fresh <= this.quota;
       const pinned = fresh === 0 || this.pages + fresh <= this.pagesMax;
       if (fits && pinned) return "OK";
       if (fits && this.errno !== "ENOMEM") return "IOERR";

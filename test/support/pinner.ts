@@ -1,17 +1,22 @@
 import { HostError } from "../../src/base/errors.ts";
 import type { Pinner } from "../../src/tracking/pinner.ts";
+import { PRESENT } from "./guest.ts";
 
 /** A host that pins in memory only, with faults: what the real pinners may do to the tracker. */
 export class FakePinner implements Pinner {
   readonly name = "fake";
   readonly kernelSource = "none";
-  /** Handle -> host address of the page. */
+  /** Number -> host address of a page; the handle of a pin is the number of its first page. */
   readonly pages = new Map<number, number>();
+  /** Handle -> pages of the pin. */
+  readonly #pins = new Map<number, number>();
   /** Host addresses of pages whose memory has been discarded since. */
   readonly holes = new Set<number>();
   readonly extents: { address: number; length: number }[] = [];
   /** Pages that may be pinned at once; a request beyond it fails at its first page too many. */
   pagesMax = Number.POSITIVE_INFINITY;
+  /** At the limit, extents can be split all the same. */
+  splitsFree = false;
   /** errno of that failure. */
   errno = "ENOMEM";
   /** Releases that are granted before one is refused. */
@@ -24,16 +29,36 @@ export class FakePinner implements Pinner {
     return [...this.pages.values()].includes(address);
   }
 
-  pin(addresses: Float64Array, count: number, handles: Int32Array): void {
+  /** Of each pinned page, in the order of their pins. */
+  *handles(): Generator<readonly [address: number, handle: number]> {
+    for (const [handle, pages] of this.#pins)
+      for (let i = 0; i < pages; i++) yield [this.pages.get(handle + i)!, handle];
+  }
+
+  /** As if the process that made these pins had left them to this one. */
+  inherit(from: FakePinner): void {
+    for (const [page, address] of from.pages) this.pages.set(page, address);
+    for (const [handle, pages] of from.#pins) this.#pins.set(handle, pages);
+    this.#next = Math.max(this.#next, from.#next);
+  }
+
+  pin(addresses: Float64Array, count: number, handles: Int32Array, lengths?: Float64Array): void {
     for (let i = 0; i < count; i++) {
-      this.before("pin");
-      if (this.pages.size >= this.pagesMax) {
-        for (let j = 0; j < i; j++) this.pages.delete(handles[j]!);
-        throw new HostError("pin", this.errno);
+      const pages = (lengths?.[i] ?? 4096) / 4096;
+      handles[i] = this.#next;
+      this.#pins.set(handles[i]!, pages);
+      for (let page = 0; page < pages; page++) {
+        this.before("pin");
+        const present = addresses[i]! >= PRESENT;
+        const address = (addresses[i]! % PRESENT) + page * 4096;
+        const full = this.pages.size >= this.pagesMax && !(this.splitsFree && present);
+        if (full || (present && this.holes.has(address))) {
+          for (let j = 0; j <= i; j++) this.#unpin(handles[j]!);
+          throw new HostError("pin", full ? this.errno : "EFAULT");
+        }
+        this.pages.set(this.#next++, address);
+        this.holes.delete(address);
       }
-      handles[i] = this.#next++;
-      this.pages.set(handles[i]!, addresses[i]!);
-      this.holes.delete(addresses[i]!);
     }
   }
 
@@ -47,9 +72,15 @@ export class FakePinner implements Pinner {
     for (let i = 0; i < count; i++) {
       this.before("release");
       if (this.releasesMax-- <= 0) return i;
-      if (!this.pages.delete(handles[i]!)) throw new Error(`handle ${handles[i]} is released twice`);
+      if (!this.#pins.has(handles[i]!)) throw new Error(`handle ${handles[i]} is released twice`);
+      this.#unpin(handles[i]!);
     }
     return count;
+  }
+
+  #unpin(handle: number): void {
+    for (let i = 0; i < this.#pins.get(handle)!; i++) this.pages.delete(handle + i);
+    this.#pins.delete(handle);
   }
 
   discarded(addresses: Float64Array, count: number, out: Uint8Array): void {
@@ -62,5 +93,6 @@ export class FakePinner implements Pinner {
 
   close(): void {
     this.pages.clear();
+    this.#pins.clear();
   }
 }

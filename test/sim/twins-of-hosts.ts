@@ -1,0 +1,72 @@
+import { FakeHost, HOST_BASE, PRESENT } from "../../src/sim/fake-host.ts";
+import type { Settings } from "../../src/sim/settings.ts";
+import type { BrokenTwin } from "./twins.ts";
+
+/** P of what is in the balloon outlives the time there. */
+export const BALLOONS: Partial<Settings> = { balloon: true, interval: 10, hostile: false };
+
+/** Keeps what it pinned of a batch that fails. */
+class HoardingHost extends FakeHost {
+  override pin(...[addresses, count, handles, lengths]: Parameters<FakeHost["pin"]>): void {
+    for (let i = 0; i < count; i++)
+      super.pin(addresses.subarray(i), 1, handles.subarray(i), lengths?.subarray(i));
+  }
+}
+
+class StrayHost extends FakeHost {
+  override pin(...[addresses, ...others]: Parameters<FakeHost["pin"]>): void {
+    super.pin(
+      addresses.map((address) => address + 64 * 4096),
+      ...others,
+    );
+  }
+}
+
+/** Lets go of an extent before it pins its rest. */
+class SplittingHost extends FakeHost {
+  override pin(...args: Parameters<FakeHost["pin"]>): void {
+    const [addresses, count] = args;
+    const rest = new Set(
+      [...addresses.subarray(0, count)].map((address) => ((address % PRESENT) - HOST_BASE) / 4096),
+    );
+    for (const { gfn, handle } of [...this.pages])
+      if (rest.has(gfn) && !this.#early.has(handle)) {
+        super.release(Int32Array.of(handle), 1);
+        this.#early.add(handle);
+      }
+    super.pin(...args);
+  }
+  override release(handles: Int32Array, count: number): number {
+    if (count === 1 && this.#early.delete(handles[0]!)) return 1;
+    return super.release(handles, count);
+  }
+  readonly #early = new Set<number>();
+}
+
+/** Gives memory in the second mapping too. */
+class GenerousHost extends FakeHost {
+  protected override hasMemory(): boolean {
+    return true;
+  }
+}
+
+export const hostTwins: Readonly<Record<string, BrokenTwin>> = {
+  "an extent that is released before its rest is pinned": {
+    twin: { backend: { makeHost: (...args) => new SplittingHost(...args) } },
+    found: /unpinned while it is mapped|the host does not hold it|the guest has claimed/,
+  },
+  "a split that gives memory to what was discarded": {
+    twin: { backend: { makeHost: (...args) => new GenerousHost(...args) } },
+    found: /gets memory from a split/,
+    settings: BALLOONS,
+    stepsMax: 2_000_000,
+  },
+  "a batch of pins that fails half way and keeps what it has": {
+    twin: { backend: { makeHost: (...args) => new HoardingHost(...args) } },
+    found: /PIN was refused|the host holds/,
+  },
+  "a pin of the wrong page": {
+    twin: { backend: { makeHost: (...args) => new StrayHost(...args) } },
+    found: /which is not RAM|does not/,
+  },
+};
