@@ -70,6 +70,10 @@ export const Balloon = exactly({
 
 export const NewDisk = exactly({
   file: { ...Type.String({ minLength: 1 }), description: "A raw image" },
+  faultCapable: Type.Optional({
+    ...Type.Boolean(),
+    description: "It may fault on its buffers; the guest's driver must be told so too. false if left out",
+  }),
 });
 const DiskId = Type.String({ description: "Of the answer to /v1/plug" });
 export const Disk = exactly({ id: DiskId, endpoint: Type.String() });

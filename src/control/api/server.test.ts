@@ -5,6 +5,7 @@ import net from "node:net";
 import test, { type TestContext } from "node:test";
 import { ask, socketPath } from "../../../test/support/api.ts";
 import { HostError } from "../../base/errors.ts";
+import { parseBdf } from "../../base/units.ts";
 import { WorkerEnded, type WorkerHost } from "../../machine/commands.ts";
 import { counters, countersBuffer } from "../../memory/counters.ts";
 import { createIommuBuffer } from "../../tracking/software-iommu.ts";
@@ -66,6 +67,30 @@ test("a machine that takes no devices while it runs refuses to be given one, and
   ] as const)
     assert.equal((await ask(path, "POST", route, body)).status, 409);
   assert.equal((await ask(path, "POST", "/v1/plug", { file: "" })).status, 400);
+});
+
+test("a disk is plugged as its body says: fault-capable if asked for", async (t) => {
+  const { path, machine } = await serving(t, () => Promise.reject(new Error("not asked")));
+  const opened: unknown[] = [];
+  const disks = {
+    open: (disk: unknown) => opened.push(disk),
+    plug: () => "coiommu-disk0",
+    bdfOf: () => parseBdf("01:00.0"),
+  };
+  Object.assign(machine, { disks });
+  const plug = (body: unknown) => ask(path, "POST", "/v1/plug", body);
+  const { status, body } = await plug({ file: "a", faultCapable: true });
+  assert.deepEqual([status, body], [200, { id: "coiommu-disk0", endpoint: "0000:01:00.0" }]);
+  await plug({ file: "b" });
+  const wrong = await plug({ file: "c", faultCapable: "yes" });
+  assert.deepEqual(
+    [wrong.status, (wrong.body as { error: { field: string } }).error.field],
+    [400, "faultCapable"],
+  );
+  assert.deepEqual(opened, [
+    { sizeMiB: 0, file: "a", faultCapable: true },
+    { sizeMiB: 0, file: "b" },
+  ]);
 });
 
 test("without a live guest: 503, but wrong requests are told so and the document is there", async (t) => {
