@@ -165,7 +165,7 @@ test("a machine reset lets go of what a timeout has pinned, and begins anew", as
   await qmp.execute("set-action", { reboot: "reset" });
   await qmp.execute("system_reset");
   assert.ok(await eventually(() => vm.pins.framesUnpinned - framesUnpinned >= backgroundFrames));
-  await comesUpAgain(vm);
+  await comesUpAgain(agent);
   await loadDrivers(agent, await ensureGuest(() => {}), "coiommu");
   assert.equal(lifeOf(vm), "tracked");
   await diskWorks(vm);
@@ -216,7 +216,7 @@ test("kexec: the next kernel uses the disk untracked, and then tracked", async (
     ({ code }) => assert.fail(`kexec failed with ${code}`),
     () => {}, // nobody answers any more
   );
-  await comesUpAgain(vm);
+  await comesUpAgain(agent);
   await demand(agent, UNTRACKED, "loading the disk's driver alone");
   assert.equal(
     lifeOf(vm),

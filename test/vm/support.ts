@@ -5,6 +5,7 @@ import { milliseconds } from "../../src/base/units.ts";
 import { loadDrivers } from "../../src/control/guest-side.ts";
 import { Vm, type VmOptions } from "../../src/control/vm.ts";
 import { StatusField } from "../../src/host/process-status.ts";
+import type { GuestAgent } from "../../src/machine/qemu/agent.ts";
 import { ensureGuest } from "../../src/machine/qemu/guest.ts";
 import { LIVES } from "../../src/tracking/life.ts";
 import { eventually } from "../support/eventually.ts";
@@ -59,7 +60,7 @@ export async function twoPasses({ pins }: Pick<Vm, "pins">, timeoutMs = 30_000):
 }
 
 /** Wait until a kernel without our module answers, after one with it. */
-export async function comesUpAgain({ qemu: { agent } }: Vm): Promise<void> {
+export async function comesUpAgain(agent: GuestAgent): Promise<void> {
   const asked = () =>
     agent.run("[ ! -e /sys/module/coiommu ]", { timeoutMs: 2000, what: "asking whether it is up again" });
   for (let tries = 0; tries < 40; tries++)
