@@ -81,8 +81,8 @@ const TWINS: readonly Twin[] = [
   {
     what: "tracks, and leaves its functions neither in bypass nor in a domain",
     file: "viommu.c",
-    sound: "if (!ret && !set_bypass(vdev, 1)) {",
-    broken: "if (!ret && !set_bypass(vdev, !TWIN)) {",
+    sound: "if (!set_bypass(vdev, 1)) {",
+    broken: "if (!set_bypass(vdev, !TWIN)) {",
   },
   {
     what: "tells where it allocates rings, whichever it is",
