@@ -14,7 +14,7 @@ import { createIommuBuffer, DeviceGate } from "../tracking/software-iommu.ts";
 import { TRACKING_COUNTERS } from "../tracking/tracker.ts";
 import { VIRTIO_IOMMU_S_NOENT } from "../wire/virtio-iommu.ts";
 import { claimsOf } from "./claims.ts";
-import { HostSide, type PinnerName } from "./host-side.ts";
+import { HostSide, type HostSideData, type PinnerName } from "./host-side.ts";
 import type { Strategy } from "./strategy.ts";
 
 const FIRST = 0x20 as Bdf;
@@ -27,12 +27,14 @@ const hostSide = (
   shared: SharedArrayBuffer,
   pinner: PinnerName,
   warn: (text: string) => void,
+  overrides: Partial<HostSideData> = {},
 ) =>
   new HostSide(
     {
       ...{ iommu, counters: shared, assigned: [], frontEnd: "virtio-iommu", qemu: false },
       ...{ strategy: "coiommu", beforeActivation: "none", activationTimeout: Number.POSITIVE_INFINITY },
       ...{ pinner, policy: "lru", interval: milliseconds(1000), quota: Number.POSITIVE_INFINITY },
+      ...overrides,
     },
     warn,
   );
@@ -59,6 +61,15 @@ function guest() {
     gate: new DeviceGate(iommu, GATE, () => host.serveDevices()),
   };
 }
+
+test("a guest that cannot start because of its quota is refused with one sentence, and no warning before it", () => {
+  const words = [createIommuBuffer(RAM_FRAMES), countersBuffer(TRACKING_COUNTERS)] as const;
+  const all = { beforeActivation: "all", quota: RAM_FRAMES / 2 } as const;
+  const host = hostSide(...words, "software", (text) => assert.fail(text), all);
+  host.setMemory([ramRegion(0, RAM_FRAMES)]);
+  for (let slices = 0; slices < 4; slices++) host.work();
+  assert.throws(() => host.started(), /--quota cannot be below/);
+});
 
 test("memory that cannot be mapped a second time: a warning says that its pages are pinned one by one", () => {
   const warnings: string[] = [];

@@ -240,7 +240,7 @@ export class HostSide {
     try {
       this.#tracker.live();
       if (this.#counters.backgroundStopped === 0) this.#toldStopped = false;
-      else this.#stopped("the quota is less than the guest has");
+      else if (this.#started) this.#stopped("the quota is less than the guest has");
     } catch (error) {
       if (!(error instanceof HostError)) throw error;
       if (this.#started) this.#stopped(explain(error));

@@ -87,7 +87,7 @@ const twins: [what: string, target: Target, message: RegExp, bytesMax?: number][
   ["a crosvm-compatible function without a quota", crosvmTarget(true), /than the quota allows/, 640],
   ["a vhost-user session that keeps its fds", vhostUserTarget(true), /an fd is left open/],
 ];
-for (const [what, target, message, bytesMax = 80] of twins)
+for (const [what, target, message, bytesMax = 160] of twins)
   test(`broken twin: ${what} is found from nothing, and the input made small`, (t) => {
     const { finding, inputs } = fuzz(target, { limit: { inputs: 20_000 }, seed: 1, corpus: [] });
     t.diagnostic(`${inputs} inputs`);
