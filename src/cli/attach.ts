@@ -1,9 +1,10 @@
 import { Command } from "commander";
 import { UserError } from "../base/errors.ts";
 import { type Bdf, FRAME_SIZE, formatBdf } from "../base/units.ts";
-import { Attachment, DETACH_MS_MAX, STRATEGY } from "../control/attach.ts";
+import { Attachment, STRATEGY } from "../control/attach.ts";
 import { backgroundText } from "../control/background.ts";
 import type { RunOptions } from "../control/run.ts";
+import { LET_GO_MS_MAX } from "../machine/qemu/hotplug.ts";
 import { withApi } from "./api.ts";
 import { vmPinner } from "./machine-choice.ts";
 import { API_OPTION, addPinOptions, optionOf, type PinOptions } from "./machine-options.ts";
@@ -130,7 +131,7 @@ function leaving(attachment: Attachment, progress: Progress, force: () => void):
     if (asked) return force();
     asked = true;
     progress.note("coiommu: asking the guest to let go of our functions; once more, and we end without it");
-    void attachment.detach(DETACH_MS_MAX).then((left) => {
+    void attachment.detach(LET_GO_MS_MAX).then((left) => {
       if (left.length > 0)
         progress.note(`coiommu: the guest has not let go of ${left.join(", ")}: still serving the VM`);
     });

@@ -4,7 +4,7 @@ import type { DeviceCounters } from "../device/counters.ts";
 import { monotonicClock } from "../host/clock.ts";
 import { closeFd } from "../host/libc.ts";
 import { type GuestRam, guestRam } from "../machine/qemu/guest-ram.ts";
-import { pciFunctions, plug, type QemuFunction, unplug } from "../machine/qemu/hotplug.ts";
+import { LET_GO_MS_MAX, pciFunctions, plug, type QemuFunction, unplug } from "../machine/qemu/hotplug.ts";
 import type { Qmp } from "../machine/qemu/qmp.ts";
 import { connectQmp } from "../machine/qemu/qmp-socket.ts";
 import type { TrackingCounters } from "../tracking/tracker.ts";
@@ -120,7 +120,7 @@ export class Attachment implements LiveMachine {
       await Promise.race([attachment.#plugAll(), attachment.failed]);
       return attachment;
     } catch (error) {
-      await attachment?.detach(DETACH_MS_MAX).catch(() => {});
+      await attachment?.detach(LET_GO_MS_MAX).catch(() => {});
       await attachment?.close().catch(() => {});
       qmp.close();
       throw error;
@@ -218,9 +218,6 @@ export class Attachment implements LiveMachine {
 }
 
 const ignore = (): void => {};
-
-/** A guest that lets go of a function does so within a second. */
-export const DETACH_MS_MAX = 10_000;
 
 function checkVersion(version: string): void {
   if (version.startsWith("7.")) return;

@@ -33,11 +33,10 @@ const sizes = ({ pinner }: Pick<Machine, "pinner">): number[] => {
 const singles = (count: number): number[] => Array.from({ length: count }, () => 1);
 
 /** `held` are pinned at every moment in which the host is asked for something. */
-const watch = (pinner: FakePinner, held: Iterable<number>) => {
-  const gfns = [...held];
+const watch = (pinner: FakePinner, held: Iterable<number>, what = "") => {
   const { pin, release } = pinner;
   const check = () => {
-    for (const gfn of gfns) assert.ok(pinner.isPinned(addressOf(gfn)), `frame ${gfn} is not pinned`);
+    for (const gfn of held) assert.ok(pinner.isPinned(addressOf(gfn)), `${what}frame ${gfn} is not pinned`);
   };
   pinner.pin = (...args) => {
     pin.apply(pinner, args);
@@ -289,19 +288,7 @@ test("whatever goes, in whatever order, with a host that refuses: what stays is 
     const policy = { pinned: () => {}, tried: () => {} } as never;
     const pins = new Pins({ memory: m.memory, pinner, iommu, policy, clock: { now: () => 0 as never } });
     const held = new Set<number>();
-    const check = () => {
-      for (const gfn of held) assert.ok(pinner.isPinned(addressOf(gfn)), `seed ${seed}: frame ${gfn}`);
-    };
-    const { pin, release } = pinner;
-    pinner.pin = (...args) => {
-      pin.apply(pinner, args);
-      check();
-    };
-    pinner.release = (...args) => {
-      const released = release.apply(pinner, args);
-      check();
-      return released;
-    };
+    watch(pinner, held, `seed ${seed}: `);
     for (let round = 0; round < 30; round++) {
       pinner.pagesMax = next(3) === 0 ? pinner.pages.size + next(40) : Number.POSITIVE_INFINITY;
       pinner.releasesMax = next(3) === 0 ? next(4) : Number.POSITIVE_INFINITY;

@@ -5,6 +5,7 @@ import { formatBdf } from "../../base/units.ts";
 import { DEVICE_COUNTERS } from "../../device/counters.ts";
 import { DRIVER_COUNTERS } from "../../driver/counters.ts";
 import { monotonicClock } from "../../host/clock.ts";
+import { LET_GO_MS_MAX } from "../../machine/qemu/hotplug.ts";
 import { sums } from "../../memory/counters.ts";
 import { meanPinned } from "../../tracking/counters.ts";
 import { LIVES } from "../../tracking/life.ts";
@@ -26,9 +27,6 @@ export interface Route {
   /** `body` has been checked. `gone`: the client does not wait any more. */
   serve(guest: LiveGuest, body: unknown, gone: AbortSignal): unknown;
 }
-
-/** A guest that lets go of a disk does so within a second. */
-const UNPLUG_MS_MAX = 10_000;
 
 /** Types what a route serves by its schemas. */
 const route = <A extends TSchema, B extends TSchema>(
@@ -139,7 +137,7 @@ export const ROUTES: readonly Route[] = [
       const disks = disksOf(guest);
       if (disks.bdfOf(id) === undefined)
         throw new Refusal("invalid", `there is no disk ${id} that was plugged`, { field: "id" });
-      return { gone: await disks.unplug(id, UNPLUG_MS_MAX) };
+      return { gone: await disks.unplug(id, LET_GO_MS_MAX) };
     },
   }),
   route({

@@ -88,6 +88,9 @@ export async function plug(
   );
 }
 
+/** A guest that lets go of a function does so within a second. */
+export const LET_GO_MS_MAX = 10_000;
+
 /** Ask the guest to let go of a device; `gone`: when it has. False when it has not in time: it still may. */
 export async function unplug(
   qmp: Qmp,
