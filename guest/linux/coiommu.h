@@ -134,6 +134,13 @@ struct coiommu_hook {
 
 #define coiommu_to_hook(dev)	container_of((dev)->dma_ops, struct coiommu_hook, ops)
 
+/* The part of them that maps with dma-direct, and only counts when that fails. */
+dma_addr_t coiommu_direct_map_page(struct coiommu_hook *hook, struct page *page,
+				   unsigned long offset, size_t size,
+				   enum dma_data_direction dir, unsigned long attrs);
+int coiommu_direct_map_sg(struct coiommu_hook *hook, struct scatterlist *sgl, int nents,
+			  enum dma_data_direction dir, unsigned long attrs);
+
 /* The part of them that counts and asks; @sgl has the addresses that the device gets. */
 int coiommu_track(struct coiommu_hook *hook, dma_addr_t addr, size_t size,
 		  enum dma_data_direction dir);

@@ -148,17 +148,42 @@ void coiommu_untrack_sg(struct coiommu_hook *hook, struct scatterlist *sgl, int 
 	coiommu_add(frames_unmapped, done);
 }
 
-static dma_addr_t co_map_page(struct device *dev, struct page *page, unsigned long offset,
-			      size_t size, enum dma_data_direction dir, unsigned long attrs)
+/* Map with dma-direct, and track nothing. */
+dma_addr_t coiommu_direct_map_page(struct coiommu_hook *hook, struct page *page,
+				   unsigned long offset, size_t size,
+				   enum dma_data_direction dir, unsigned long attrs)
 {
-	struct coiommu_hook *hook = coiommu_to_hook(dev);
 	dma_addr_t addr = dma_map_page_attrs(&hook->shadow, page, offset, size, dir, attrs);
 
 	if (unlikely(addr == DMA_MAPPING_ERROR)) {
 		coiommu_count(direct_failed);
 		coiommu_count(map_failed);
-		return DMA_MAPPING_ERROR;
 	}
+	return addr;
+}
+
+/* The same for a list: 0, or dma-direct's errno. */
+int coiommu_direct_map_sg(struct coiommu_hook *hook, struct scatterlist *sgl, int nents,
+			  enum dma_data_direction dir, unsigned long attrs)
+{
+	struct sg_table table = { .sgl = sgl, .orig_nents = nents };
+	int ret = dma_map_sgtable(&hook->shadow, &table, dir, attrs);
+
+	if (unlikely(ret)) {
+		coiommu_count(direct_failed);
+		coiommu_count(map_failed);
+	}
+	return ret;
+}
+
+static dma_addr_t co_map_page(struct device *dev, struct page *page, unsigned long offset,
+			      size_t size, enum dma_data_direction dir, unsigned long attrs)
+{
+	struct coiommu_hook *hook = coiommu_to_hook(dev);
+	dma_addr_t addr = coiommu_direct_map_page(hook, page, offset, size, dir, attrs);
+
+	if (unlikely(addr == DMA_MAPPING_ERROR))
+		return DMA_MAPPING_ERROR;
 	if (unlikely(coiommu_track(hook, addr, size, dir))) {
 		dma_unmap_page_attrs(&hook->shadow, addr, size, dir,
 				     attrs | DMA_ATTR_SKIP_CPU_SYNC);
@@ -186,17 +211,13 @@ static void co_unmap_page(struct device *dev, dma_addr_t addr, size_t size,
 static int co_map_sg(struct device *dev, struct scatterlist *sgl, int nents,
 		     enum dma_data_direction dir, unsigned long attrs)
 {
-	struct sg_table table = { .sgl = sgl, .orig_nents = nents };
 	struct coiommu_hook *hook = coiommu_to_hook(dev);
 	struct scatterlist *sg;
 	int i, ret;
 
-	ret = dma_map_sgtable(&hook->shadow, &table, dir, attrs);
-	if (unlikely(ret)) {
-		coiommu_count(direct_failed);
-		coiommu_count(map_failed);
+	ret = coiommu_direct_map_sg(hook, sgl, nents, dir, attrs);
+	if (unlikely(ret))
 		return ret;
-	}
 	if (unlikely(coiommu_track_sg(hook, sgl, nents, dir))) {
 		dma_unmap_sg_attrs(&hook->shadow, sgl, nents, dir, attrs | DMA_ATTR_SKIP_CPU_SYNC);
 		return -ENOMEM;

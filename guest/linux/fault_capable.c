@@ -23,14 +23,7 @@ MODULE_PARM_DESC(fault_capable,
 static dma_addr_t co_map_page(struct device *dev, struct page *page, unsigned long offset,
 			      size_t size, enum dma_data_direction dir, unsigned long attrs)
 {
-	struct coiommu_hook *hook = coiommu_to_hook(dev);
-	dma_addr_t addr = dma_map_page_attrs(&hook->shadow, page, offset, size, dir, attrs);
-
-	if (unlikely(addr == DMA_MAPPING_ERROR)) {
-		coiommu_count(direct_failed);
-		coiommu_count(map_failed);
-	}
-	return addr;
+	return coiommu_direct_map_page(coiommu_to_hook(dev), page, offset, size, dir, attrs);
 }
 
 static void co_unmap_page(struct device *dev, dma_addr_t addr, size_t size,
@@ -42,15 +35,7 @@ static void co_unmap_page(struct device *dev, dma_addr_t addr, size_t size,
 static int co_map_sg(struct device *dev, struct scatterlist *sgl, int nents,
 		     enum dma_data_direction dir, unsigned long attrs)
 {
-	struct sg_table table = { .sgl = sgl, .orig_nents = nents };
-	int ret = dma_map_sgtable(&coiommu_to_hook(dev)->shadow, &table, dir, attrs);
-
-	if (unlikely(ret)) {
-		coiommu_count(direct_failed);
-		coiommu_count(map_failed);
-		return ret;
-	}
-	return nents;
+	return coiommu_direct_map_sg(coiommu_to_hook(dev), sgl, nents, dir, attrs) ?: nents;
 }
 
 static void co_unmap_sg(struct device *dev, struct scatterlist *sgl, int nents,
