@@ -28,6 +28,7 @@ typedef uint32_t u32;
 typedef uint8_t u8;
 typedef u64 phys_addr_t;
 typedef u64 dma_addr_t;
+struct page;
 struct scatterlist;
 struct list_head { struct list_head *next, *prev; };
 struct device { void *unused; };
