@@ -374,10 +374,12 @@ unsigned int coiommu_hooks_stop(void)
 
 unsigned int coiommu_hooks_count(void)
 {
-	unsigned int count;
+	struct coiommu_hook *hook;
+	unsigned int count = 0;
 
 	mutex_lock(&hooks_lock);
-	count = list_count_nodes(&hooks);
+	list_for_each_entry(hook, &hooks, node)
+		count++;
 	mutex_unlock(&hooks_lock);
 	return count;
 }
