@@ -7,7 +7,7 @@ import type { RunOptions } from "../control/run.ts";
 import { LET_GO_MS_MAX } from "../machine/qemu/hotplug.ts";
 import { withApi } from "./api.ts";
 import { vmPinner } from "./machine-choice.ts";
-import { API_OPTION, addPinOptions, optionOf, type PinOptions } from "./machine-options.ts";
+import { API_OPTION, addPinOptions, intervalOf, optionOf, type PinOptions } from "./machine-options.ts";
 import { number, writeJson } from "./output.ts";
 import { Progress } from "./progress.ts";
 import { takeSignals } from "./signals.ts";
@@ -86,13 +86,14 @@ async function attach(
   progress: Progress,
   api: RunOptions["api"],
 ): Promise<void> {
-  const { qmp, assigned, policy, interval, activationTimeout } = options;
+  const { qmp, assigned, policy, activationTimeout } = options;
   const disks = [
     ...options.disk.map((file) => ({ file, faultCapable: false })),
     ...options.faultCapableDisk.map((file) => ({ file, faultCapable: true })),
   ];
   const attachment = await Attachment.start({
-    ...{ qmp, assigned, policy, interval, activationTimeout, onWarning: progress.warn },
+    ...{ qmp, assigned, policy, activationTimeout, onWarning: progress.warn },
+    interval: intervalOf(options),
     disks: disks.map((disk) => ({ ...disk, sizeMiB: 0 })),
     pinner: vmPinner(options.pinner, progress.warn),
     quota: (memoryMiB) => quotaFrames(options.quota, memoryMiB),

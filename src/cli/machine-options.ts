@@ -2,17 +2,19 @@ import { type Command, Option } from "commander";
 import { UserError } from "../base/errors.ts";
 import type { Nanoseconds } from "../base/units.ts";
 import type { PinnerName } from "../control/host-side.ts";
+import { choosePolicy } from "../control/policy-choice.ts";
 import type { RunOptions } from "../control/run.ts";
 import { isRemapping, type Strategy } from "../control/strategy.ts";
 import { parseWorkload, type Workload } from "../control/workload.ts";
 import { FIO_USAGE, GPU_USAGE, NIC_USAGE } from "../machine/workload-text.ts";
-import { createPolicy } from "../policy/registry.ts";
+import { ADAPTIVE_BOUNDS, type IntervalChoice } from "../policy/pass-interval.ts";
 import { BEFORE_ACTIVATION, type BeforeActivation } from "../tracking/life.ts";
 import { FRONT_ENDS, type FrontEndName } from "../virtio/front-end.ts";
 import type { Progress } from "./progress.ts";
 import {
   parseCount,
   parseInterval,
+  parseIntervalOrAdaptive,
   parseMemoryMiB,
   parseOneOf,
   parseQuota,
@@ -48,7 +50,9 @@ export const API_OPTION = [
 /** Options of addPinOptions(), as commander gives them. */
 export interface PinOptions {
   readonly policy: string;
-  readonly interval: Nanoseconds;
+  readonly interval: Nanoseconds | "adaptive";
+  readonly intervalMin?: Nanoseconds;
+  readonly intervalMax?: Nanoseconds;
   readonly quota?: Quota;
   readonly pinner: (typeof PINNERS)[number];
   readonly activationTimeout: number;
@@ -89,14 +93,21 @@ export const optionOf =
 
 /** Options of how a VM's pins are managed: of `run`, `compare` and `attach`. */
 export function addPinOptions(option: AddOption): void {
-  option("--policy <name>", "when to unpin: see `coiommu policies`", checkedPolicy, "lru");
+  option(
+    "--policy <name>",
+    "which frames to unpin, NAME[,key=value…]: see `coiommu policies`; or ./FILE.ts, a policy of yours",
+    checkedPolicy,
+    "lru",
+  );
   option(
     "--interval <time>",
-    "time between unpin passes: 1s, 500ms",
-    parseInterval,
+    "time between unpin passes: 1s, 500ms, or adaptive: shorter while they find much, longer when frames come back soon",
+    parseIntervalOrAdaptive,
     parseInterval("1s"),
     "1s",
   );
+  option("--interval-min <time>", "least that an adaptive interval gets to (default: 100ms)", parseInterval);
+  option("--interval-max <time>", "most that it gets to (default: 10s)", parseInterval);
   option(
     "--quota <limit>",
     "most the guest may have pinned: 10% of its memory, or a number of frames",
@@ -169,7 +180,19 @@ export function checkStrategies({ frontEnd }: MachineOptions, strategies: readon
     throw new UserError(`--front-end crosvm: has no domains, which strategy ${remapping} needs`);
 }
 
-const checkedPolicy = (text: string): string => createPolicy(text) && text;
+const checkedPolicy = (text: string): string => choosePolicy(text) && text;
+
+/** Throws UserError for bounds that are none. */
+export function intervalOf({ interval, intervalMin, intervalMax }: PinOptions): IntervalChoice {
+  if (interval !== "adaptive") {
+    if (intervalMin ?? intervalMax)
+      throw new UserError("--interval-min and --interval-max are bounds of --interval adaptive");
+    return interval;
+  }
+  const [min, max] = [intervalMin ?? ADAPTIVE_BOUNDS.min, intervalMax ?? ADAPTIVE_BOUNDS.max];
+  if (min > max) throw new UserError(`--interval-min ${min / 1e6}ms is above --interval-max ${max / 1e6}ms`);
+  return { min, max };
+}
 
 /** What `run` and `compare` ask for, for one run; what pins depends on the machine. */
 export const runOptions = (
@@ -188,7 +211,7 @@ export const runOptions = (
   memoryMiB: options.memory,
   cpus: options.cpus,
   policy: options.policy,
-  interval: options.interval,
+  interval: intervalOf(options),
   quota: quotaFrames(options.quota, options.memory),
   disk: { sizeMiB: options.diskSize, ...(options.disk !== undefined && { file: options.disk }) },
   faultCapable: options.faultCapable,

@@ -30,6 +30,16 @@ export const parseCount =
     return n;
   };
 
+/** "1s", "500ms", "adaptive". */
+export const parseIntervalOrAdaptive = (text: string): Nanoseconds | "adaptive" => {
+  if (text === "adaptive") return text;
+  try {
+    return parseInterval(text);
+  } catch {
+    throw new InvalidArgumentError("It takes a time from 10ms to 3600s, such as 1s or 500ms, or adaptive.");
+  }
+};
+
 /** "1s", "500ms". */
 export function parseInterval(text: string): Nanoseconds {
   const match = /^(\d+(?:\.\d+)?)(ms|s)$/.exec(text);

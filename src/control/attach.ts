@@ -171,6 +171,7 @@ export class Attachment implements LiveMachine {
       assigned: this.#options.assigned.map(formatBdf),
       policy: policy.name,
       policyParameters: policy.parameters,
+      intervalMs: this.pins.passInterval / 1e6,
       pinner: this.#options.pinner,
       attachedMs: Math.round((monotonicClock.now() - this.#began) / 1e6),
       pins: pinsOf(this, settings),

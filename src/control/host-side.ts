@@ -1,5 +1,5 @@
 import { HostError, UserError } from "../base/errors.ts";
-import { type Bdf, FRAME_SIZE, type Nanoseconds } from "../base/units.ts";
+import { type Bdf, FRAME_SIZE } from "../base/units.ts";
 import { monotonicClock } from "../host/clock.ts";
 import { IoUringPinner } from "../host/io-uring-pinner.ts";
 import { canExceedMemlock, memlockLimit } from "../host/limits.ts";
@@ -8,7 +8,7 @@ import { SoftwarePinner } from "../host/software-pinner.ts";
 import { counters } from "../memory/counters.ts";
 import { GuestMemory, type GuestRegion } from "../memory/guest-memory.ts";
 import { SharedWords } from "../memory/shared-words.ts";
-import { createPolicy } from "../policy/registry.ts";
+import type { IntervalChoice } from "../policy/pass-interval.ts";
 import type { BeforeActivation } from "../tracking/life.ts";
 import type { Pinner } from "../tracking/pinner.ts";
 import { SoftwareIommu } from "../tracking/software-iommu.ts";
@@ -24,6 +24,7 @@ import { createFrontEnd, type FrontEnd, type FrontEndName } from "../virtio/fron
 import type { DirtyCommands } from "./dirty.ts";
 import { ringAddresses } from "./ring-addresses.ts";
 import { hasDriver, type Strategy } from "./strategy.ts";
+import { Unpinning } from "./unpinning.ts";
 
 export type PinnerName = "io_uring" | "software";
 
@@ -54,7 +55,7 @@ export interface HostSideData {
   readonly activationTimeout: number;
   readonly pinner: PinnerName;
   readonly policy: string;
-  readonly interval: Nanoseconds;
+  readonly interval: IntervalChoice;
   /** Frames; Infinity for no limit. */
   readonly quota: number;
 }
@@ -98,7 +99,9 @@ export class HostSide {
   readonly present: PresentMappings | undefined;
   /** The operator's, each no longer than a slice of an unpin pass. */
   readonly commands = {
-    setPolicy: (text: string) => this.#tracker.setPolicy(createPolicy(text)),
+    setPolicy: (choice: string) => this.#unpinning.setPolicy(this.#tracker, choice),
+    setInterval: (choice: IntervalChoice) => this.#unpinning.setInterval(choice),
+    policyState: () => this.#tracker.policy.state?.() ?? {},
     setQuota: (frames: number) => {
       this.#tracker.setQuota(frames);
       this.#frontEnd.quotaChanged();
@@ -115,8 +118,7 @@ export class HostSide {
   readonly #tracker: Tracker;
   readonly #frontEnd: FrontEnd;
   readonly #kernelPagesBefore: number | null;
-  #nextPass: number;
-  #inPass = false;
+  readonly #unpinning: Unpinning;
   #pinTime = 0;
   readonly #counters: TrackingCounters;
   /** It has been told that not all RAM can be pinned. */
@@ -139,6 +141,7 @@ export class HostSide {
     this.#assigned = new Map(data.assigned.map(({ bdf, gate }) => [bdf, gate]));
     this.#kernelPagesBefore = this.#pinner.kernelPinnedPages();
     this.#counters = counters(TRACKING_COUNTERS, data.counters);
+    this.#unpinning = new Unpinning(data, this.#counters, monotonicClock.now(), warn);
     for (const { gate, faultCapable } of data.assigned)
       if (gate === undefined) this.#counters.dmaUnseen = 1;
       else this.#iommu.setFaultCapable(gate, faultCapable ?? false);
@@ -146,7 +149,7 @@ export class HostSide {
       memory: this.memory,
       pinner: this.#pinner,
       iommu: this.#iommu,
-      policy: createPolicy(data.policy),
+      ...this.#unpinning.ofTracker,
       clock: monotonicClock,
       counters: this.#counters,
       // Of what is pinned on request.
@@ -166,7 +169,6 @@ export class HostSide {
       hostError: (error) => this.#hostFailed(error),
     });
     this.function = this.#frontEnd.pci;
-    this.#nextPass = monotonicClock.now() + data.interval;
   }
 
   setMemory(regions: readonly GuestRegion[]): void {
@@ -222,14 +224,9 @@ export class HostSide {
   work(): number {
     this.#live();
     const now = monotonicClock.now();
-    if (this.#inPass) this.#inPass = this.#tracker.slice();
-    else if (now >= this.#nextPass) {
-      this.#tracker.startPass();
-      this.#inPass = true;
-      this.#nextPass = now + this.#data.interval;
-    }
-    const dueAt = Math.min(this.#nextPass, this.#tracker.dueAt);
-    return this.#inPass ? 0 : Math.max(0, (dueAt - now) / 1e6);
+    this.#unpinning.work(this.#tracker, now);
+    const dueAt = Math.min(this.#unpinning.dueAt, this.#tracker.dueAt);
+    return Math.max(0, (dueAt - now) / 1e6);
   }
 
   /** What the guest's life brings about without a word of its driver: at most one slice of pinning everything. */

@@ -3,6 +3,7 @@ import type { Bdf, Nanoseconds } from "../base/units.ts";
 import type { StoreOptions } from "../device/block-store.ts";
 import type { DeviceCounters } from "../device/counters.ts";
 import type { DriverCounters } from "../driver/counters.ts";
+import type { IntervalChoice } from "../policy/pass-interval.ts";
 import type { BeforeActivation } from "../tracking/life.ts";
 import type { TrackingCounters } from "../tracking/tracker.ts";
 import type { FrontEndName } from "../virtio/front-end.ts";
@@ -23,7 +24,7 @@ export interface MachineOptions {
   /** The PCI function at which guest and host meet; by default the virtio-iommu. */
   readonly frontEnd?: FrontEndName;
   readonly policy: string;
-  readonly interval: Nanoseconds;
+  readonly interval: IntervalChoice;
   readonly quota: number;
   readonly pinner: PinnerName;
   readonly disk: StoreOptions;

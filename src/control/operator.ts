@@ -1,9 +1,11 @@
 import { UserError } from "../base/errors.ts";
 import { listed, rangesOf } from "../base/ranges.ts";
 import type { WorkerHost } from "../machine/commands.ts";
+import { splitChoice } from "../policy/parameters.ts";
+import type { IntervalChoice } from "../policy/pass-interval.ts";
 import type { UnpinPolicy } from "../policy/policy.ts";
-import { createPolicy } from "../policy/registry.ts";
 import type { IdleRange, IdleSlice } from "../tracking/unpin-passes.ts";
+import { choosePolicy } from "./policy-choice.ts";
 import type { Strategy } from "./strategy.ts";
 
 export type PolicyInEffect = Pick<UnpinPolicy, "name" | "parameters">;
@@ -26,12 +28,19 @@ export interface Unpinned {
 export class Operator {
   readonly #backend: WorkerHost;
   readonly #strategy: Strategy;
+  #choice: string;
   #policy: PolicyInEffect;
+  #interval: IntervalChoice;
 
-  constructor(backend: WorkerHost, options: { readonly strategy: Strategy; readonly policy: string }) {
+  constructor(
+    backend: WorkerHost,
+    options: { readonly strategy: Strategy; readonly policy: string; readonly interval: IntervalChoice },
+  ) {
     this.#backend = backend;
     this.#strategy = options.strategy;
-    this.#policy = createPolicy(options.policy);
+    this.#choice = options.policy;
+    this.#policy = choosePolicy(options.policy);
+    this.#interval = options.interval;
   }
 
   /** Null where nothing is ever unpinned. */
@@ -39,11 +48,31 @@ export class Operator {
     return this.#strategy === "coiommu" ? this.#policy : null;
   }
 
+  /** The name, or the file, of the policy. */
+  get policyName(): string {
+    return splitChoice(this.#choice).name;
+  }
+
+  get interval(): IntervalChoice {
+    return this.#interval;
+  }
+
   /** As `--policy` takes it. */
-  async setPolicy(text: string): Promise<void> {
-    const policy = createPolicy(text);
-    await this.#request("setPolicy", text);
+  async setPolicy(choice: string): Promise<void> {
+    const policy = choosePolicy(choice);
+    await this.#request("setPolicy", choice);
+    this.#choice = choice;
     this.#policy = policy;
+  }
+
+  async setInterval(choice: IntervalChoice): Promise<void> {
+    await this.#request("setInterval", choice);
+    this.#interval = choice;
+  }
+
+  /** What the policy has learnt. */
+  policyState(): Promise<Record<string, number>> {
+    return this.#request("policyState", null);
   }
 
   /** Frames; Infinity for no limit. */

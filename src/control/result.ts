@@ -21,6 +21,8 @@ export interface RunResult {
   readonly strategy: Strategy;
   readonly policy: string | null;
   readonly policyParameters: Readonly<Record<string, number | string>> | null;
+  /** Time between unpin passes at the end; null where there are none. */
+  readonly intervalMs: number | null;
   readonly pinner: string | null;
   readonly seed: null;
   readonly creation: {
@@ -59,6 +61,8 @@ export interface RunResult {
     readonly framesFirmware: number | null;
     /** Pinned because a fault-capable device touched them. */
     readonly framesFaulted: number | null;
+    /** Unpinned, and asked for again within a few passes. */
+    readonly framesCameBack: number | null;
     readonly framesSpeculative: null;
     readonly framesPeak: number;
     readonly framesMean: number;
@@ -106,6 +110,7 @@ export interface AttachResult {
   readonly assigned: readonly string[];
   readonly policy: string;
   readonly policyParameters: Readonly<Record<string, number | string>>;
+  readonly intervalMs: number;
   readonly pinner: string;
   readonly attachedMs: number;
   readonly pins: RunResult["pins"];

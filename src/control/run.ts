@@ -86,6 +86,7 @@ async function measure(
       strategy: options.strategy,
       policy: policy?.name ?? null,
       policyParameters: policy?.parameters ?? null,
+      intervalMs: policy && machine.pins.passInterval / 1e6,
       pinner: options.strategy === "none" ? null : options.pinner,
       seed: null,
       creation: {
@@ -168,6 +169,7 @@ export function pinsOf(
     framesUnpinned: pins.framesUnpinned,
     framesFirmware: hasDriver(strategy) ? pins.framesFirmware : null,
     framesFaulted: tracked ? pins.framesFaulted : null,
+    framesCameBack: tracked ? pins.framesCameBack : null,
     framesSpeculative: null,
     framesPeak: pins.framesPeak,
     framesMean: round(meanPinned(pins, monotonicClock.now())),

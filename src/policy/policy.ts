@@ -1,4 +1,5 @@
 import type { Gfn, Nanoseconds } from "../base/units.ts";
+import type { Parameters, Values, ValuesOf } from "./parameters.ts";
 
 /** What became of an attempt to unpin a frame. */
 export type Claim =
@@ -29,7 +30,10 @@ export class GfnBuffer {
   at(index: number): Gfn {
     return this.#gfns[index]! as Gfn;
   }
+  /** Throws RangeError when it is full. */
   push(gfn: Gfn): void {
+    if (this.#length === this.#gfns.length)
+      throw new RangeError(`no room for more than ${this.#length} frames`);
     this.#gfns[this.#length++] = gfn;
   }
   /** Drop those for which `kept`, which is given their places, says no. */
@@ -43,13 +47,24 @@ export class GfnBuffer {
   }
 }
 
+/** What a policy is asked for. */
+export interface PassLimit {
+  readonly framesMax: number;
+  /** Share of the last 10 s in which tasks of the host waited for memory, 0 to 1; 0 where nobody looks. */
+  readonly pressure: number;
+}
+
 /**
  * Decides what is worth trying to unpin, never whether it is safe. Events and time are arguments, so that replay,
  * simulation and the live backend run the same object.
  */
 export interface UnpinPolicy {
   readonly name: string;
-  readonly parameters: Readonly<Record<string, number | string>>;
+  readonly parameters: Values;
+  /** What it has learnt, for people: names and numbers. */
+  state?(): Readonly<Record<string, number>>;
+  /** The file, of the form of /proc/pressure/memory, that PassLimit.pressure is read from before each pass. */
+  pressureFile?(): string;
   /** A frame was pinned. O(1), must not throw. */
   pinned(gfn: Gfn, now: Nanoseconds): void;
   /**
@@ -61,5 +76,19 @@ export interface UnpinPolicy {
    * Append up to `framesMax` frames to try in the pass that began at `now`. Called again with the same `now` until it
    * appends none; every frame that it gave was tried() before the next call.
    */
-  candidates(now: Nanoseconds, limit: { readonly framesMax: number }, out: GfnBuffer): void;
+  candidates(now: Nanoseconds, limit: PassLimit, out: GfnBuffer): void;
 }
+
+/** A kind of policy: what `coiommu policies` lists, and what a file of `--policy ./mine.ts` exports by default. */
+export interface PolicyEntry<P extends Parameters = Parameters> {
+  readonly name: string;
+  readonly summary: string;
+  /** Where the idea comes from. */
+  readonly source: string;
+  readonly parameters: P;
+  /** `values`: to be read when they are needed, because an operator may change them. */
+  create(values: ValuesOf<P>): Omit<UnpinPolicy, "name" | "parameters">;
+}
+
+/** Types `create` by the parameters. */
+export const definePolicy = <const P extends Parameters>(entry: PolicyEntry<P>): PolicyEntry<P> => entry;

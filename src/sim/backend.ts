@@ -25,6 +25,7 @@ export interface BackendOptions {
   readonly bus: Bus;
   readonly frontEnd: FrontEndName;
   readonly policy: () => UnpinPolicy;
+  readonly pressure: () => number;
   /** When it starts; operators change it by orders. */
   readonly quota: () => number;
   readonly beforeActivation: BeforeActivation;
@@ -248,6 +249,7 @@ export class Backend implements Actor {
           pinner: this.host,
           iommu,
           policy: this.#o.policy(),
+          pressure: this.#o.pressure,
           clock,
           counters,
           quota: quota(),

@@ -8,7 +8,7 @@ import { TrackingUnits } from "../driver/units.ts";
 import { counters, countersBuffer } from "../memory/counters.ts";
 import { GatedMemory } from "../memory/gated-memory.ts";
 import { GuestMemory, type GuestRegion } from "../memory/guest-memory.ts";
-import { LruPolicy } from "../policy/lru.ts";
+import { createPolicy } from "../policy/registry.ts";
 import { createIommuBuffer, DeviceGate, isIdleIommuWord, SoftwareIommu } from "../tracking/software-iommu.ts";
 import { TRACKING_COUNTERS, type Tracker } from "../tracking/tracker.ts";
 import { TU_COUNT, TU_PINNED, unitOffset } from "../wire/dtt.ts";
@@ -231,7 +231,14 @@ class SmallMachine {
     const memory = new SteppedMemory([], turn);
     const tracker = makeTracker(
       {
-        ...{ memory, clock, quota, counters: this.#counters, pinner: this.#host, policy: new LruPolicy() },
+        ...{
+          memory,
+          clock,
+          quota,
+          counters: this.#counters,
+          pinner: this.#host,
+          policy: createPolicy("lru"),
+        },
         ...{
           iommu: (makeIommu ?? newIommu)(new SteppedWords(this.#words, turn, idle), clock),
           beforeActivation: "none",

@@ -3,6 +3,12 @@ import type { BeforeActivation } from "../tracking/life.ts";
 import type { FrontEndName } from "../virtio/front-end.ts";
 import { AT_ONCE, lifeOf } from "./driver-arrival.ts";
 
+/** As `--policy` takes them, with times of the size of a world's. */
+export const POLICIES = [
+  ...["lru", "lru", "off", "generations,threshold=2", "clock,passes=2", "pressure"],
+  "working-set,min=0ms,max=4ms,ghosts=4",
+] as const;
+
 /** How a world is made: everything that a seed decides, beside the schedule. */
 export interface Settings {
   /** The PCI function that guest and backend meet at. */
@@ -13,6 +19,8 @@ export interface Settings {
   readonly buffers: number;
   /** Milliseconds between two unpin passes. */
   readonly interval: number;
+  /** At first; operators choose others, and at the end all is unpinned by lru. */
+  readonly policy: string;
   /** Frames; Infinity for no limit. */
   readonly quota: number;
   readonly beforeActivation: BeforeActivation;
@@ -58,6 +66,7 @@ export function settingsOf(seed: number): Settings {
     devices: 1 + next(2),
     buffers: 2 + next(12),
     interval: (1 + next(10)) / 5,
+    policy: POLICIES[random(seed ^ 0x9011_c1e5)(POLICIES.length)]!,
     quota: next(2) === 0 ? Number.POSITIVE_INFINITY : 8 + next(16),
     beforeActivation: next(2) === 0 ? "bios" : "none",
     ...AT_ONCE,

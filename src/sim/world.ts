@@ -6,7 +6,6 @@ import type { RemappedDma, RemappedDmaOptions } from "../driver/remapped-dma.ts"
 import type { DriverCpu } from "../driver/viommu.ts";
 import { counters, countersBuffer } from "../memory/counters.ts";
 import { GuestMemory, type GuestRegion } from "../memory/guest-memory.ts";
-import { LruPolicy } from "../policy/lru.ts";
 import { createPolicy } from "../policy/registry.ts";
 import { countUnused, createIommuBuffer, DeviceGate, isIdleIommuWord } from "../tracking/software-iommu.ts";
 import { TRACKING_COUNTERS, type Tracker } from "../tracking/tracker.ts";
@@ -23,7 +22,7 @@ import { Guest } from "./guest.ts";
 import { GuestCpu } from "./guest-cpu.ts";
 import { RemappedDevice } from "./remapped-device.ts";
 import { Saboteur } from "./saboteur.ts";
-import { type Settings, settingsOf } from "./settings.ts";
+import { POLICIES, type Settings, settingsOf } from "./settings.ts";
 import type { WorldStatistics } from "./statistics.ts";
 import { kindOf } from "./stray-dma.ts";
 import { Violation } from "./turn.ts";
@@ -264,7 +263,8 @@ export class World {
       iommu: this.#iommu,
       bus: this.#bus,
       frontEnd: settings.frontEnd,
-      policy: () => new LruPolicy(),
+      policy: () => createPolicy(settings.policy),
+      pressure: () => this.#random(2),
       quota: () => this.#quota,
       beforeActivation: settings.beforeActivation,
       activationTimeout: milliseconds(settings.activationTimeout),
@@ -359,7 +359,8 @@ export class World {
   #order(): void {
     this.#operatorOrders++;
     const quota = this.#random(3) === 0 ? Number.POSITIVE_INFINITY : 4 + this.#random(12);
-    const [policy, parked] = [createPolicy(this.#random(3) === 0 ? "off" : "lru"), this.#random(3) === 0];
+    const policy = createPolicy(POLICIES[this.#random(POLICIES.length)]!);
+    const parked = this.#random(3) === 0;
     const orders: ((tracker: Tracker) => void)[] = [
       (tracker) => tracker.setPolicy(policy),
       (tracker) => {
@@ -374,7 +375,6 @@ export class World {
 
   /** So that all can come to rest. */
   #withdrawOrders(): void {
-    if (this.#operatorOrders === 0) return;
     this.#backend.order((tracker) => {
       this.#quota = this.settings.quota;
       tracker.setQuota(this.#quota);

@@ -17,6 +17,8 @@ export const TRACKING_STATE = [
   "backgroundStopped",
   /** Frames of framesNow that the guest has asked for. */
   "framesClaimed",
+  /** Time between unpin passes, in ns. */
+  "passInterval",
   /** 1 once a function was assigned whose DMA no gate of ours sees. */
   "dmaUnseen",
 ] as const;
@@ -36,6 +38,8 @@ export const TRACKING_COUNTERS = [
   "startedAt",
   "kernelPagesPeak",
   "passes",
+  /** Frames that were unpinned, and asked for again within a few passes. */
+  "framesCameBack",
   /** Frames that the last complete pass found mapped. */
   "framesMapped",
   /** DMA faults of assigned devices that were written to the guest's event queue, and all others. */

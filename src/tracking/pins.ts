@@ -2,12 +2,14 @@ import type { Clock } from "../base/clock.ts";
 import { grown } from "../base/frame-index.ts";
 import { type Gfn, gpaOf, type Nanoseconds } from "../base/units.ts";
 import type { GuestMemory } from "../memory/guest-memory.ts";
-import type { GfnBuffer, UnpinPolicy } from "../policy/policy.ts";
+import type { Claim, GfnBuffer, UnpinPolicy } from "../policy/policy.ts";
 import { Extents } from "./extents.ts";
 import { Ledger, NO_TABLE, ONLY_DOMAINS } from "./ledger.ts";
 import { framesOf, type Mapping } from "./mapping-trees.ts";
 import type { Pinner } from "./pinner.ts";
 import type { SoftwareIommu } from "./software-iommu.ts";
+
+export type PinObserver = Pick<UnpinPolicy, "pinned" | "tried">;
 
 /**
  * The frames that are pinned one by one. Keeps what must agree in step: the ledger, the kernel's pins, the IOMMU's
@@ -21,6 +23,7 @@ export class Pins {
   readonly #iommu: SoftwareIommu;
   readonly #clock: Clock;
   #policy: UnpinPolicy;
+  readonly #observer: PinObserver | undefined;
   /** A moment before the policy came. */
   #beforePolicy = 0 as Nanoseconds;
   /** The policy has been told of the frames in the ledger's slots below this. */
@@ -35,6 +38,8 @@ export class Pins {
     readonly iommu: SoftwareIommu;
     readonly policy: UnpinPolicy;
     readonly clock: Clock;
+    /** Told what a policy is told, also of what was pinned before the policy came. */
+    readonly observer?: PinObserver | undefined;
   }) {
     this.#memory = o.memory;
     this.#pinner = o.pinner;
@@ -42,6 +47,7 @@ export class Pins {
     this.#extents = new Extents(o.memory, o.pinner, this.ledger);
     this.#iommu = o.iommu;
     this.#policy = o.policy;
+    this.#observer = o.observer;
     this.#clock = o.clock;
   }
 
@@ -88,6 +94,7 @@ export class Pins {
     const slot = this.ledger.add(gfn, handle, generation);
     this.#iommu.allow(gfn, this.ledger.isClaimed(gfn));
     if (slot < this.#told) this.#policy.pinned(gfn, now);
+    this.#observer?.pinned(gfn, now);
   }
 
   /** Take over pins that an earlier backend made and did not release; the host still holds them. See Extents.adopt(). */
@@ -119,10 +126,15 @@ export class Pins {
       const went = gone?.has(this.#handles[i]!) === true;
       if (went) this.ledger.remove(gfn);
       else this.#iommu.allow(gfn);
-      this.#policy.tried(gfn, went ? "claimed" : "refused", now);
+      this.tried(gfn, went ? "claimed" : "refused", now);
       return !went;
     });
     return count - gfns.length;
+  }
+
+  tried(gfn: Gfn, outcome: Claim, now: Nanoseconds): void {
+    this.#policy.tried(gfn, outcome, now);
+    this.#observer?.tried(gfn, outcome, now);
   }
 
   /** Keep of `gfns`, which are pinned, those whose memory the host has lost meanwhile. Throws HostError. */
@@ -162,7 +174,7 @@ export class Pins {
     for (const gfn of gfns) {
       this.#iommu.revoke(gfn);
       this.#extents.abandon(this.ledger.remove(gfn));
-      this.#policy.tried(gfn, "gone", this.#clock.now());
+      this.tried(gfn, "gone", this.#clock.now());
     }
     this.releaseOrphans();
   }

@@ -1,7 +1,9 @@
 import assert from "node:assert/strict";
 import test from "node:test";
 import { active, idle } from "../../test/support/machine.ts";
-import { LruPolicy } from "../policy/lru.ts";
+import type { Gfn } from "../base/units.ts";
+import type { UnpinPolicy } from "../policy/policy.ts";
+import { createPolicy } from "../policy/registry.ts";
 import { TU_ACCESSED as A, TU_PINNED as P } from "../wire/dtt.ts";
 import { VIRTIO_IOMMU_S_NOMEM as NOMEM, VIRTIO_IOMMU_S_OK as OK } from "../wire/virtio-iommu.ts";
 
@@ -140,19 +142,33 @@ test("a P that the guest cleared does not release the page: abi.md section 4, a 
 
 test("candidates are tried in the order of the policy, the longest untried first", () => {
   const order: number[] = [];
-  class Recorded extends LruPolicy {
-    override tried(...args: Parameters<LruPolicy["tried"]>): void {
-      order.push(args[0]);
-      super.tried(...args);
-    }
-  }
-  const m = active({ policy: new Recorded() });
+  const lru = createPolicy("lru");
+  const { tried } = lru;
+  lru.tried = (...args) => {
+    order.push(args[0]);
+    tried(...args);
+  };
+  const m = active({ policy: lru });
   m.map(9, 2 ** 9);
   m.map(3);
   m.pass();
   m.map(5);
   m.pass();
   assert.deepEqual(order, [9, 512, 3, 9, 512, 3, 5]);
+});
+
+test("a pass ends, whatever its policy gives", () => {
+  const m = active();
+  m.map(1);
+  const always = {
+    ...createPolicy("off"),
+    candidates: (...[, , out]: Parameters<UnpinPolicy["candidates"]>) => out.push(1 as Gfn),
+  };
+  m.tracker.setPolicy(always);
+  m.tracker.startPass();
+  let slices = 0;
+  while (m.tracker.slice()) assert.ok(++slices < 1000, "it does not end");
+  assert.ok(slices > 1);
 });
 
 // --- counters -------------------------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ import {
 } from "./life.ts";
 import { framesOf, type Mapping } from "./mapping-trees.ts";
 import type { Pinner } from "./pinner.ts";
-import { Pins } from "./pins.ts";
+import { type PinObserver, Pins } from "./pins.ts";
 import { Remapping } from "./remapping.ts";
 import { RequestPins } from "./request-pins.ts";
 import type { SoftwareIommu } from "./software-iommu.ts";
@@ -50,6 +50,9 @@ export interface TrackerOptions {
   /** How long a driver may take to turn PIN on, from power-on or a machine reset; Infinity for ever. */
   readonly activationTimeout?: number;
   readonly bus?: AssignedBus;
+  readonly observer?: PinObserver;
+  /** PassLimit.pressure, as the file of a policy says; 0 without. */
+  readonly pressure?: (file: string) => number;
   /** The table's view of a unit; tests of the checkers put a broken one here. */
   readonly openTable?: (memory: GuestMemory, root: Gpa, levels: number) => DmaTrackingTable;
 }
@@ -94,7 +97,8 @@ export class Tracker {
     );
     const parts = { pins: this.#pins, table: this.#table, clock: options.clock, counters: options.counters };
     const parked = () => this.parked || this.life === "static";
-    this.#passes = new UnpinPasses({ ...parts, dirty: this.dirty, parked });
+    const { pressure = () => 0 } = options;
+    this.#passes = new UnpinPasses({ ...parts, dirty: this.dirty, parked, pressure });
     this.#background = new BackgroundPins(options.memory, this.#pins, options.clock, () => this.#quota);
     this.#requests = new RequestPins({
       ...{ memory: options.memory, pins: this.#pins, table: this.#table, dirty: this.dirty },
@@ -131,6 +135,9 @@ export class Tracker {
   }
   get active(): boolean {
     return this.#table.active;
+  }
+  get policy(): UnpinPolicy {
+    return this.#pins.policy;
   }
 
   // --- the guest's life ------------------------------------------------------------------------------------------

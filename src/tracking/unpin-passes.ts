@@ -7,8 +7,11 @@ import { EXTENT_FRAMES } from "./extents.ts";
 import type { Pins } from "./pins.ts";
 import type { TableInUse } from "./table-in-use.ts";
 
-/** Frames in one slice of an unpin pass: what a PIN request may have to wait for. */
+/** Most frames in one slice of an unpin pass: what a PIN request may have to wait for. */
 const SLICE_FRAMES = 256;
+const SLICE_FRAMES_MIN = 8;
+/** How long a slice may take. */
+export const SLICE_TIME = 200_000 as Nanoseconds;
 
 /** What Tracker.unpinIdle() is to unpin. */
 export interface IdleRange {
@@ -35,6 +38,8 @@ interface UnpinPassesOptions {
   readonly clock: Clock;
   readonly counters: TrackingCounters;
   parked(): boolean;
+  /** PassLimit.pressure, as `file` says. */
+  pressure(file: string): number;
 }
 
 /** Lazy unpinning, in slices: tries what the policy gives, and lets go of what the table in use does not claim. */
@@ -42,7 +47,12 @@ export class UnpinPasses {
   readonly #o: UnpinPassesOptions;
   /** When the pass under way began. */
   #at: Nanoseconds | undefined;
+  #pressure = 0;
+  /** Frames that it may still try: a policy that gives the same ones for ever ends it. */
+  #left = 0;
   #mapped = 0;
+  /** Frames in a slice, by what the last ones took. */
+  #sliceFrames = SLICE_FRAMES_MIN;
   // Scratch of a slice, which may run inside a request that needs room.
   readonly #candidates = new GfnBuffer(SLICE_FRAMES);
   readonly #claimed = new GfnBuffer(SLICE_FRAMES * EXTENT_FRAMES);
@@ -52,10 +62,13 @@ export class UnpinPasses {
   }
 
   start(): void {
-    const { table, parked, clock, counters } = this.#o;
+    const { pins, table, parked, clock, counters, pressure } = this.#o;
     if (!table.active || parked() || this.#at !== undefined) return;
     this.#at = clock.now();
+    this.#left = 2 * pins.size + SLICE_FRAMES;
     this.#mapped = 0;
+    const file = pins.policy.pressureFile?.();
+    this.#pressure = file === undefined ? 0 : pressure(file);
     counters.passes++;
   }
 
@@ -72,7 +85,7 @@ export class UnpinPasses {
       this.#at = clock.now(); // it begins when its policy knows all
       return true;
     }
-    const more = !parked() && this.#slice(this.#at);
+    const more = !parked() && this.#timed(this.#at);
     if (!more) {
       this.#at = undefined;
       if (!parked()) counters.framesMapped = this.#mapped;
@@ -80,15 +93,19 @@ export class UnpinPasses {
     return more;
   }
 
-  /** Two whole passes at once: the first clears A, the second unpins what was idle. */
+  /** All that may go, whatever the policy would have tried: a walk that clears A, and one that unpins what was idle. */
   runAll(): void {
     const { pins, table, clock, parked } = this.#o;
     while (pins.tellPolicy(SLICE_FRAMES));
-    for (let pass = 0; pass < 2 && table.active && !parked(); pass++) {
-      const now = clock.now();
-      // A pass that is under way finds nothing more to try, and ends with what this one counts.
+    const now = clock.now();
+    for (let walk = 0; walk < 2 && table.active && !parked(); walk++) {
+      // A pass that is under way finds little more to try, and ends with what this counts.
       this.#mapped = 0;
-      while (this.#slice(now));
+      for (let from: number | null = 0; from !== null; ) {
+        this.#candidates.clear();
+        from = pins.ledger.collect(0, Number.POSITIVE_INFINITY, from, SLICE_FRAMES, this.#candidates);
+        this.#unpinCandidates(now, false);
+      }
     }
   }
 
@@ -104,11 +121,23 @@ export class UnpinPasses {
     return { unpinned, stayed, next };
   }
 
-  #slice(now: Nanoseconds): boolean {
+  /** A slice as long as SLICE_TIME, by what the last one took for its frames. */
+  #timed(now: Nanoseconds): boolean {
+    const { pins, clock } = this.#o;
+    if (this.#left <= 0) return false;
+    const began = clock.now();
     this.#candidates.clear();
-    this.#o.pins.policy.candidates(now, { framesMax: SLICE_FRAMES }, this.#candidates);
+    const limit = { framesMax: Math.min(this.#sliceFrames, this.#left), pressure: this.#pressure };
+    pins.policy.candidates(now, limit, this.#candidates);
+    if (this.#candidates.length === 0) return false;
+    this.#left -= this.#candidates.length;
     this.#unpinCandidates(now, false);
-    return this.#candidates.length > 0;
+    const fit = (this.#candidates.length * SLICE_TIME) / Math.max(1, clock.now() - began);
+    this.#sliceFrames = Math.max(
+      SLICE_FRAMES_MIN,
+      Math.min(SLICE_FRAMES, 2 * this.#sliceFrames, Math.floor(fit)),
+    );
+    return true;
   }
 
   /** Returns how many went. `accessed`: also those that were mapped lately; then it is no try of the policy's. */
@@ -121,7 +150,7 @@ export class UnpinPasses {
       if (outcome === "claimed") this.#claimed.push(gfn);
       else if (!accessed) {
         if (outcome === "mapped") this.#mapped++;
-        pins.policy.tried(gfn, outcome, now);
+        pins.tried(gfn, outcome, now);
       }
     }
     const asked = this.#claimed.length;

@@ -66,7 +66,7 @@ test("a busy guest is watched and steered, by two clients at once", async (t) =>
         machine: "embedded",
         strategy: "coiommu",
         life: "tracked",
-        policy: { name: "lru", parameters: {} },
+        ...{ policy: { name: "lru", parameters: {} }, intervalMs: 100 },
         background: null,
       },
       ...{ framesClaimed: 1, framesNeverTransferred: 1 },
@@ -103,7 +103,6 @@ test("a busy guest is watched and steered, by two clients at once", async (t) =>
     const { unpinned, stayed } = body as { unpinned: number; stayed: number };
     assert.ok(unpinned + stayed > 0);
   }
-  assert.equal((await send("PUT", "/v1/policy", { name: "lru", parameters: {} })).status, 200);
   const after = await get<Counters>("/v1/counters");
   assert.ok(after.tracking.framesUnpinned! > parked.tracking.framesUnpinned!);
   assert.ok(after.driver!.map! > parked.driver!.map!, "it works on");
@@ -113,6 +112,37 @@ test("a busy guest is watched and steered, by two clients at once", async (t) =>
   );
   await ends(cli, path);
 });
+
+test("one policy after the other, with parameters and an interval that change live", async (t) => {
+  const path = socketPath(t);
+  const {
+    cli,
+    get,
+    ask: send,
+  } = await running(t, path, "--workload", "fio:rw=randread,bs=4k,seconds=600,size=8M");
+  const put = async (body: object) => (await send("PUT", "/v1/policy", body)).body as Policy;
+  const young = await put({ name: "generations", parameters: { threshold: 2 } });
+  assert.deepEqual([young.name, young.parameters, young.intervalMs], ["generations", { threshold: 2 }, 100]);
+  assert.ok(
+    await eventually(async () => (await get<Policy>("/v1/policy")).state.old! > 0, 5000),
+    "frames get old",
+  );
+  const same = await put({ parameters: { threshold: 3 }, intervalMs: { min: 50, max: 200 } });
+  assert.deepEqual([same.parameters, same.intervalMs], [{ threshold: 3 }, { min: 50, max: 200 }]);
+  assert.ok(same.state.old! > 0, "it keeps what it knows");
+  assert.ok(same.intervalNowMs >= 50 && same.intervalNowMs <= 200);
+  assert.deepEqual((await put({ name: "lru", intervalMs: 100 })).state, {});
+  assert.equal((await get<Counters>("/v1/counters")).devices[0]!.faults, 0);
+  await ends(cli, path);
+});
+
+interface Policy {
+  readonly name: string;
+  readonly parameters: object;
+  readonly state: Readonly<Record<string, number>>;
+  readonly intervalMs: unknown;
+  readonly intervalNowMs: number;
+}
 
 interface Harvest {
   readonly frames: number;
@@ -160,7 +190,11 @@ test("every request that is wrong is told so, with the field", async (t) => {
     ["GET", "/v1/unpin", undefined, 405, "method_not_allowed", null],
     ["PUT", "/v1/policy", "lru", 400, "invalid", null],
     ["PUT", "/v1/policy", [], 400, "invalid", null],
-    ["PUT", "/v1/policy", {}, 400, "invalid", "name"],
+    ["PUT", "/v1/policy", {}, 400, "invalid", null],
+    ["PUT", "/v1/policy", { name: "./nowhere.ts" }, 400, "invalid", "name"],
+    ["PUT", "/v1/policy", { parameters: { passes: 1 } }, 400, "invalid", "parameters"],
+    ["PUT", "/v1/policy", { intervalMs: 1 }, 400, "invalid", "intervalMs"],
+    ["PUT", "/v1/policy", { intervalMs: { min: 20, max: 10 } }, 400, "invalid", "intervalMs"],
     ["PUT", "/v1/policy", { name: "mru" }, 400, "invalid", "name"],
     ["PUT", "/v1/policy", { name: "lru", parameters: { age: 1 } }, 400, "invalid", "parameters"],
     ["PUT", "/v1/policy", { name: "lru", parameters: { age: [] } }, 400, "invalid", "parameters.age"],

@@ -6,7 +6,7 @@ import { HostError } from "../../src/base/errors.ts";
 import { type Bdf, FRAME_SIZE, type Gfn, type Gpa, gpaOf } from "../../src/base/units.ts";
 import { counters, countersBuffer } from "../../src/memory/counters.ts";
 import { GuestMemory, type GuestRegion } from "../../src/memory/guest-memory.ts";
-import { LruPolicy } from "../../src/policy/lru.ts";
+import { createPolicy } from "../../src/policy/registry.ts";
 import { DmaTrackingTable, NO_UNIT } from "../../src/tracking/dtt.ts";
 import {
   createIommuBuffer,
@@ -111,7 +111,7 @@ class FuzzedDevice {
       memory: this.#memory,
       pinner: this.#host,
       iommu,
-      policy: new LruPolicy(),
+      policy: createPolicy("lru"),
       clock: this.#clock,
       counters: counters(TRACKING_COUNTERS, countersBuffer(TRACKING_COUNTERS)),
       quota: QUOTA,

@@ -3,7 +3,7 @@ import { HostError, NotGuestRam, PeerError, PeerGone, ProtocolError } from "../.
 import type { Bdf } from "../../src/base/units.ts";
 import { counters, countersBuffer } from "../../src/memory/counters.ts";
 import { GuestMemory } from "../../src/memory/guest-memory.ts";
-import { LruPolicy } from "../../src/policy/lru.ts";
+import { createPolicy } from "../../src/policy/registry.ts";
 import { createIommuBuffer, SoftwareIommu } from "../../src/tracking/software-iommu.ts";
 import { TRACKING_COUNTERS, Tracker } from "../../src/tracking/tracker.ts";
 import { type MessageSocket, MpqemuServer } from "../../src/transport/mpqemu.ts";
@@ -88,7 +88,7 @@ function serverFor(peer: Peer, { frontEnd, noQuota }: Parts, closeFd: (fd: numbe
     memory,
     pinner,
     iommu: new SoftwareIommu(createIommuBuffer(2 ** 20), clock),
-    policy: new LruPolicy(),
+    policy: createPolicy("lru"),
     clock,
     counters: counters(TRACKING_COUNTERS, countersBuffer(TRACKING_COUNTERS)),
     quota: limited && !noQuota ? QUOTA : Number.POSITIVE_INFINITY,

@@ -3,7 +3,7 @@ import { type Gpa, milliseconds, type Nanoseconds } from "../../src/base/units.t
 import { monotonicClock } from "../../src/host/clock.ts";
 import { counters, countersBuffer } from "../../src/memory/counters.ts";
 import { GuestMemory } from "../../src/memory/guest-memory.ts";
-import { LruPolicy } from "../../src/policy/lru.ts";
+import { createPolicy } from "../../src/policy/registry.ts";
 import { DmaTrackingTable, type Unit } from "../../src/tracking/dtt.ts";
 import type { Pinner } from "../../src/tracking/pinner.ts";
 import { createIommuBuffer, SoftwareIommu } from "../../src/tracking/software-iommu.ts";
@@ -78,7 +78,7 @@ const tracker = new Tracker({
   memory,
   pinner,
   iommu: new SoftwareIommu(createIommuBuffer(RAM / 4096), monotonicClock),
-  policy: new LruPolicy(),
+  policy: createPolicy("lru"),
   clock: monotonicClock,
   counters: count,
   quota: Number.POSITIVE_INFINITY,

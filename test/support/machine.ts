@@ -2,7 +2,7 @@ import assert from "node:assert/strict";
 import type { Gfn } from "../../src/base/units.ts";
 import { counters, countersBuffer } from "../../src/memory/counters.ts";
 import { GuestMemory, type GuestRegion } from "../../src/memory/guest-memory.ts";
-import { LruPolicy } from "../../src/policy/lru.ts";
+import { createPolicy } from "../../src/policy/registry.ts";
 import {
   countUnused,
   createIommuBuffer,
@@ -35,7 +35,7 @@ export function machine(options: MachineOptions = {}) {
     iommu.serveRequests((...asked) => tracker.touched(...asked)),
   );
   const otherGate = new DeviceGate(iommuBuffer, 1, () => {});
-  const policy = new LruPolicy();
+  const policy = createPolicy("lru");
   const count = counters(TRACKING_COUNTERS, countersBuffer(TRACKING_COUNTERS));
   const tracker: Tracker = new Tracker({
     memory,

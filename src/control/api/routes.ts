@@ -1,18 +1,21 @@
 import type { Static, TSchema } from "typebox";
 import { UserError } from "../../base/errors.ts";
 import { listed } from "../../base/ranges.ts";
-import { formatBdf } from "../../base/units.ts";
+import { formatBdf, milliseconds } from "../../base/units.ts";
 import { DEVICE_COUNTERS } from "../../device/counters.ts";
 import { DRIVER_COUNTERS } from "../../driver/counters.ts";
 import { monotonicClock } from "../../host/clock.ts";
 import { LET_GO_MS_MAX } from "../../machine/qemu/hotplug.ts";
 import { sums } from "../../memory/counters.ts";
+import type { IntervalChoice } from "../../policy/pass-interval.ts";
 import { meanPinned } from "../../tracking/counters.ts";
 import { LIVES } from "../../tracking/life.ts";
 import type { TrackingCounters } from "../../tracking/tracker.ts";
 import { backgroundOf } from "../background.ts";
 import { claimsOf } from "../claims.ts";
+import type { LiveMachine } from "../machine.ts";
 import type { PluggedDisks } from "../plugged-disks.ts";
+import { choosePolicy } from "../policy-choice.ts";
 import type { LiveGuest } from "../run.ts";
 import { Refusal } from "./refusal.ts";
 import * as schemas from "./schemas.ts";
@@ -48,6 +51,7 @@ export const ROUTES: readonly Route[] = [
       life: LIVES[machine.pins.life]!,
       background: backgroundOf(machine.pins),
       policy: machine.operator.policy,
+      intervalMs: machine.pins.passInterval / 1e6,
       ...quotaOf(machine.pins),
       ...parkedOf(machine.pins),
       endpoints: machine.assigned.map(({ bdf }) => formatBdf(bdf)),
@@ -68,21 +72,25 @@ export const ROUTES: readonly Route[] = [
   route({
     ...{ method: "GET", path: "/v1/policy", summary: "When idle frames are unpinned" },
     answer: schemas.Policy,
-    serve: ({ machine }) => policyOf(machine.operator.policy),
+    serve: ({ machine }) => policyOf(machine),
   }),
   route({
     ...{ method: "PUT", path: "/v1/policy", summary: "Unpin by another policy from now on" },
     body: schemas.NewPolicy,
     answer: schemas.Policy,
-    async serve({ machine }, { name, parameters = {} }) {
-      const text = [name, ...Object.entries(parameters).map(([key, value]) => `${key}=${value}`)].join(",");
-      await machine.operator.setPolicy(text).catch((error) => {
-        // The name is known, so what was wrong is a parameter.
-        throw error instanceof UserError && error.exitCode === 2
-          ? new Refusal("invalid", error.message, { field: "parameters" })
-          : error;
-      });
-      return policyOf(machine.operator.policy);
+    async serve({ machine }, { name, parameters, intervalMs }) {
+      const { operator } = machine;
+      const interval = intervalMs === undefined ? undefined : intervalOf(intervalMs);
+      if (name !== undefined || parameters !== undefined) {
+        const chosen = name ?? operator.policyName;
+        refusing("name", () => choosePolicy(chosen));
+        const words = Object.entries(parameters ?? {}).map(([key, value]) => `${key}=${value}`);
+        const choice = [chosen, ...words].join(",");
+        refusing("parameters", () => choosePolicy(choice));
+        await operator.setPolicy(choice);
+      }
+      if (interval !== undefined) await operator.setInterval(interval);
+      return await policyOf(machine);
     },
   }),
   route({
@@ -189,9 +197,34 @@ const parkedOf = ({ parks, parkedByOperator }: TrackingCounters) => ({
   parks: { guest: parks, operator: parkedByOperator > 0 },
 });
 
-function policyOf(policy: Static<typeof schemas.Policy> | null): Static<typeof schemas.Policy> {
+/** A mistake of `what` is one of `field`. */
+function refusing(field: string, what: () => void): void {
+  try {
+    what();
+  } catch (error) {
+    throw error instanceof UserError
+      ? new Refusal("invalid", `${field}: ${error.message}`, { field })
+      : error;
+  }
+}
+
+function intervalOf(ms: NonNullable<Static<typeof schemas.NewPolicy>["intervalMs"]>): IntervalChoice {
+  if (typeof ms === "number") return milliseconds(ms);
+  if (ms.min > ms.max) throw new Refusal("invalid", "intervalMs: min is above max", { field: "intervalMs" });
+  return { min: milliseconds(ms.min), max: milliseconds(ms.max) };
+}
+
+async function policyOf({ operator, pins }: LiveMachine): Promise<Static<typeof schemas.Policy>> {
+  const { policy, interval } = operator;
   if (!policy) throw new Refusal("refused", "this strategy unpins nothing, so it has no policy");
-  return { name: policy.name, parameters: policy.parameters };
+  const { name, parameters } = policy;
+  const ms = (ns: number) => ns / 1e6;
+  return {
+    ...{ name, parameters, state: await operator.policyState() },
+    intervalMs:
+      typeof interval === "number" ? ms(interval) : { min: ms(interval.min), max: ms(interval.max) },
+    intervalNowMs: ms(pins.passInterval),
+  };
 }
 
 /** What only a driver's requests and unpin passes count is null without them. */
@@ -211,6 +244,7 @@ function trackingOf({ machine, options }: LiveGuest): Static<typeof schemas.Coun
     framesFirmware: tracked("framesFirmware"),
     framesFaulted: tracked("framesFaulted"),
     framesMapped: tracked("framesMapped"),
+    framesCameBack: tracked("framesCameBack"),
     passes: tracked("passes"),
   };
 }

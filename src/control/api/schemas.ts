@@ -3,7 +3,6 @@ import { type Static, Type } from "typebox";
 import { GFN_LIMIT } from "../../base/units.ts";
 import { DEVICE_COUNTERS } from "../../device/counters.ts";
 import { DRIVER_COUNTERS } from "../../driver/counters.ts";
-import { policies } from "../../policy/registry.ts";
 import { STOPPED_BY } from "../../tracking/background-pins.ts";
 import { LIVES } from "../../tracking/life.ts";
 import { LISTED_MAX } from "../operator.ts";
@@ -16,14 +15,35 @@ const exactly = <P extends Type.TProperties>(properties: P) =>
 const counted = <N extends string>(names: readonly N[]) =>
   Object.fromEntries(names.map((name) => [name, Count])) as Record<N, typeof Count>;
 
+const Milliseconds = Type.Number({ minimum: 10, maximum: 3_600_000 });
+const IntervalMs = {
+  ...Type.Union([Milliseconds, exactly({ min: Milliseconds, max: Milliseconds })]),
+  description: "Time between unpin passes; with bounds it adapts itself",
+};
+const PolicyInEffect = exactly({
+  name: { ...Type.String(), description: "Of `coiommu policies`, or of a file" },
+  parameters: {
+    ...Type.Record(Type.String(), Type.Union([Type.Number(), Type.String()])),
+    description: "Times in ms, shares from 0 to 1",
+  },
+});
 export const Policy = exactly({
-  name: Type.Enum(policies.map(({ name }) => name)),
-  parameters: Type.Record(Type.String(), Type.Union([Type.Number(), Type.String()])),
+  ...PolicyInEffect.properties,
+  state: { ...Type.Record(Type.String(), Type.Number()), description: "What it has learnt" },
+  intervalMs: IntervalMs,
+  intervalNowMs: { ...Type.Number({ minimum: 0 }), description: "What an adaptive one has come to" },
 });
-export const NewPolicy = exactly({
-  name: Policy.properties.name,
-  parameters: Type.Optional(Policy.properties.parameters),
-});
+export const NewPolicy = Type.Object(
+  {
+    name: Type.Optional({
+      ...Type.String({ minLength: 1 }),
+      description: "As --policy takes it, a file too. The present one keeps what it knows",
+    }),
+    parameters: Type.Optional(PolicyInEffect.properties.parameters),
+    intervalMs: Type.Optional(IntervalMs),
+  },
+  { additionalProperties: false, minProperties: 1 },
+);
 
 const QuotaFrames = nullable(Type.Integer({ minimum: 0, maximum: GFN_LIMIT, description: "null: no limit" }));
 export const NewQuota = exactly({ quotaFrames: QuotaFrames });
@@ -111,7 +131,8 @@ export const State = exactly({
       stopped: nullable(Type.Enum([...STOPPED_BY], { description: "It goes on when this allows it" })),
     }),
   ),
-  policy: nullable(Policy),
+  policy: nullable(PolicyInEffect),
+  intervalMs: { ...Type.Number({ minimum: 0 }), description: "Between unpin passes, now" },
   ...Quota.properties,
   ...Claims.properties,
   ...Parked.properties,
@@ -133,6 +154,10 @@ const Tracking = exactly({
   framesFirmware: nullable(Count),
   framesFaulted: nullable(Count),
   framesMapped: nullable(Count),
+  framesCameBack: {
+    ...nullable(Count),
+    description: "Frames that were unpinned, and asked for again within a few passes",
+  },
   passes: nullable(Count),
 });
 export const Counters = exactly({

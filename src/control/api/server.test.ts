@@ -5,7 +5,7 @@ import net from "node:net";
 import test, { type TestContext } from "node:test";
 import { ask, socketPath } from "../../../test/support/api.ts";
 import { HostError } from "../../base/errors.ts";
-import { parseBdf } from "../../base/units.ts";
+import { milliseconds, parseBdf } from "../../base/units.ts";
 import { WorkerEnded, type WorkerHost } from "../../machine/commands.ts";
 import { counters, countersBuffer } from "../../memory/counters.ts";
 import { createIommuBuffer } from "../../tracking/software-iommu.ts";
@@ -20,7 +20,7 @@ async function serving(t: TestContext, request: WorkerHost["request"], strategy 
   const warnings: string[] = [];
   const api = await ApiServer.listen(path, (text) => warnings.push(text));
   t.after(() => api.close());
-  const options = { strategy, policy: "lru" } as MachineOptions;
+  const options = { strategy, policy: "lru", interval: milliseconds(1000) } as MachineOptions;
   const machine = {
     ...{ name: "embedded", assigned: [], disks: null, drivers: null, started: { kernelSource: "none" } },
     pins: counters(TRACKING_COUNTERS, countersBuffer(TRACKING_COUNTERS)),
