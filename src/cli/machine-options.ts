@@ -3,6 +3,7 @@ import { UserError } from "../base/errors.ts";
 import type { Nanoseconds } from "../base/units.ts";
 import type { PinnerName } from "../control/host-side.ts";
 import { choosePolicy } from "../control/policy-choice.ts";
+import type { Recording } from "../control/recording.ts";
 import type { RunOptions } from "../control/run.ts";
 import { isRemapping, type Strategy } from "../control/strategy.ts";
 import { parseWorkload, type Workload } from "../control/workload.ts";
@@ -74,6 +75,7 @@ export interface MachineOptions extends PinOptions {
   readonly faultCapable: boolean;
   readonly json?: string;
   readonly api?: string;
+  readonly recording?: Recording;
 }
 
 type AddOption = (
@@ -220,4 +222,5 @@ export const runOptions = (
   onWarning: progress.warn,
   onProgress: progress.step,
   ...(api && { api }),
+  ...(options.recording && { recording: options.recording }),
 });

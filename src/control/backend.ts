@@ -36,7 +36,7 @@ export class Backend {
   constructor(data: BackendData & WorkerBase, openTable?: TrackerOptions["openTable"]) {
     this.#data = data;
     this.#socket = new UnixSocket(data.socketFd);
-    this.#host = new HostSide(data, (text) => this.#commands.tell("warning", text), openTable);
+    this.#host = new HostSide(data, (...told) => this.#commands.tell(...told), openTable);
     this.#mapper = new FdMapper(this.#host.present);
     this.#server = new MpqemuServer({
       socket: this.#socket,

@@ -22,7 +22,7 @@ export class EmbeddedBackend {
 
   constructor(data: EmbeddedBackendData & WorkerBase, openTable?: TrackerOptions["openTable"]) {
     this.#bell = new Bell(data.bell);
-    this.#host = new HostSide(data, (text) => this.#commands.tell("warning", text), openTable);
+    this.#host = new HostSide(data, (...told) => this.#commands.tell(...told), openTable);
     this.#mailbox = new MailboxServer(data.mailbox, this.#host.function);
     this.#commands = new CommandServer(data, {
       ...this.#host.commands,

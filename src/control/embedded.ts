@@ -211,7 +211,7 @@ class Threads {
 
   #startBackend(pins: SharedArrayBuffer): WorkerHost {
     const { strategy, policy, interval, quota, pinner, faultCapable = false, backendEntry } = this.#options;
-    const { beforeActivation, activationTimeout, frontEnd = "virtio-iommu" } = this.#options;
+    const { beforeActivation, activationTimeout, frontEnd = "virtio-iommu", recording } = this.#options;
     const data = {
       ...{ ram: this.ram.ram, iommu: this.iommu, mailbox: this.#mailbox, bell: this.#backendBell },
       ...{
@@ -219,7 +219,7 @@ class Threads {
         assigned: this.#plan.map(({ endpoint: bdf }, gate) => ({ bdf, gate, faultCapable })),
       },
       ...{ strategy, policy, interval, quota, pinner, beforeActivation, activationTimeout },
-      ...{ frontEnd, qemu: false },
+      ...{ frontEnd, qemu: false, recordingSince: recording?.began ?? null },
     } satisfies EmbeddedBackendData;
     const entry = backendEntry ?? workerEntry(import.meta.url, "./embedded-backend-worker");
     return this.#worker("the backend", entry, data, this.#backendBell);
@@ -237,7 +237,7 @@ class Threads {
   }
 
   #startCpu(number: number, ofDriver: SharedArrayBuffer): WorkerHost {
-    const { cpus, faultCapable = false, frontEnd = "virtio-iommu" } = this.#options;
+    const { cpus, faultCapable = false, frontEnd = "virtio-iommu", recording } = this.#options;
     const bell = this.#cpuBells[number]!;
     const link = this.#links[this.#deviceOf(number)];
     const data = {
@@ -252,6 +252,7 @@ class Threads {
         bell,
       },
       ...{ backendBell: this.#backendBell, counters: ofDriver, faultCapable },
+      recordingSince: recording?.began ?? null,
     } satisfies CpuData;
     return this.#worker(`CPU ${number}`, this.#options.cpuEntry ?? CPU_WORKER, data, bell);
   }
@@ -272,8 +273,9 @@ class Threads {
   }
 
   #hear({ kind, message }: WorkerEvent): void {
-    if (this.#closing) return;
-    if (kind === "warning") this.#options.onWarning?.(message);
+    if (kind === "log") this.#options.recording?.write(message);
+    else if (this.#closing) return;
+    else if (kind === "warning") this.#options.onWarning?.(message);
     else this.failed.reject(new UserError(message, 1));
   }
 }

@@ -34,9 +34,10 @@ const hostSide = (
       ...{ iommu, counters: shared, assigned: [], frontEnd: "virtio-iommu", qemu: false },
       ...{ strategy: "coiommu", beforeActivation: "none", activationTimeout: Number.POSITIVE_INFINITY },
       ...{ pinner, policy: "lru", interval: milliseconds(1000), quota: Number.POSITIVE_INFINITY },
+      recordingSince: null,
       ...overrides,
     },
-    warn,
+    (_, text) => warn(text),
   );
 
 /** A guest whose driver is active, without an assigned function. */

@@ -22,6 +22,7 @@ import type { IdleRange, IdleSlice } from "../tracking/unpin-passes.ts";
 import { gatesOf, type PciFunction } from "../virtio/device.ts";
 import { createFrontEnd, type FrontEnd, type FrontEndName } from "../virtio/front-end.ts";
 import type { DirtyCommands } from "./dirty.ts";
+import { PinLog } from "./pin-log.ts";
 import { ringAddresses } from "./ring-addresses.ts";
 import { hasDriver, type Strategy } from "./strategy.ts";
 import { Unpinning } from "./unpinning.ts";
@@ -58,6 +59,8 @@ export interface HostSideData {
   readonly interval: IntervalChoice;
   /** Frames; Infinity for no limit. */
   readonly quota: number;
+  /** When the recording of pins began; null: there is none. */
+  readonly recordingSince: number | null;
 }
 
 /** Answer to "started": what stood before the guest's first instruction. */
@@ -119,6 +122,7 @@ export class HostSide {
   readonly #frontEnd: FrontEnd;
   readonly #kernelPagesBefore: number | null;
   readonly #unpinning: Unpinning;
+  readonly #pinLog: PinLog | undefined;
   #pinTime = 0;
   readonly #counters: TrackingCounters;
   /** It has been told that not all RAM can be pinned. */
@@ -127,8 +131,13 @@ export class HostSide {
   #startFailure: HostError | undefined;
   #started = false;
 
-  /** `warn`: told what the host refused while nobody waited for an answer. */
-  constructor(data: HostSideData, warn: (text: string) => void, openTable?: TrackerOptions["openTable"]) {
+  /** `tell`: warned of what the host refused while nobody waited for an answer, and given what is recorded. */
+  constructor(
+    data: HostSideData,
+    tell: (kind: "warning" | "log", text: string) => void,
+    openTable?: TrackerOptions["openTable"],
+  ) {
+    const warn = (text: string) => tell("warning", text);
     this.#data = data;
     this.#warn = warn;
     this.#iommu = new SoftwareIommu(data.iommu, monotonicClock);
@@ -145,11 +154,16 @@ export class HostSide {
     for (const { gate, faultCapable } of data.assigned)
       if (gate === undefined) this.#counters.dmaUnseen = 1;
       else this.#iommu.setFaultCapable(gate, faultCapable ?? false);
+    const { recordingSince } = data;
+    this.#pinLog =
+      recordingSince === null ? undefined : new PinLog(recordingSince, (lines) => tell("log", lines));
+    const unpinning = this.#unpinning.ofTracker;
     this.#tracker = new Tracker({
       memory: this.memory,
       pinner: this.#pinner,
       iommu: this.#iommu,
-      ...this.#unpinning.ofTracker,
+      ...unpinning,
+      observers: [...unpinning.observers, ...(this.#pinLog ? [this.#pinLog] : [])],
       clock: monotonicClock,
       counters: this.#counters,
       // Of what is pinned on request.
@@ -310,6 +324,7 @@ export class HostSide {
   /** Release everything. `disconnect`: nothing of the guest is served any more when it returns. */
   stop(disconnect: () => void): Stopped {
     this.#tracker.sampleKernel();
+    this.#pinLog?.flush();
     disconnect();
     this.memory.setRegions([]);
     return {

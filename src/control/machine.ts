@@ -12,6 +12,7 @@ import type { DirtyFrames } from "./dirty.ts";
 import type { PinnerName, Started, Stopped } from "./host-side.ts";
 import type { Operator } from "./operator.ts";
 import type { PluggedDisks } from "./plugged-disks.ts";
+import type { Recording } from "./recording.ts";
 import type { RunResult, WorkloadResult } from "./result.ts";
 import type { Strategy } from "./strategy.ts";
 import type { Workload } from "./workload.ts";
@@ -33,6 +34,8 @@ export interface MachineOptions {
   readonly activationTimeout: number;
   /** Assigned devices may fault on their buffers, which nobody maps; their rings are tracked. */
   readonly faultCapable?: boolean;
+  /** Writes down what is mapped and pinned. */
+  readonly recording?: Recording;
   readonly onWarning?: (text: string) => void;
   /** Told what is done before the guest starts. */
   readonly onProgress?: (text: string) => void;

@@ -24,6 +24,7 @@ type Settings =
   | "pinner"
   | "beforeActivation"
   | "activationTimeout"
+  | "recording"
   | "onWarning"
   | "onProgress"
   | "backendEntry"
@@ -139,6 +140,7 @@ export class Parts {
         ...{ wakeFd: wake.fd, socketFd: iommuFd, touchFd: this.#touch.fd, iommu: this.iommuTable },
         ...{ counters: pins, assigned, strategy, pinner, policy, interval, quota },
         ...{ beforeActivation, activationTimeout, frontEnd, qemu: true },
+        recordingSince: options.recording?.began ?? null,
       } satisfies BackendData,
       wake,
       (error) => this.failed.reject(error),
@@ -235,7 +237,7 @@ export class Parts {
     left: () => void = () => {},
   ): WorkerHost {
     const onEvent = (event: WorkerEvent) => {
-      if (event.kind !== "warning") left();
+      if (event.kind === "peer-gone" || event.kind === "broken") left();
       this.#hear(event, fails);
     };
     const worker = new WorkerHost({ name, entry, data, wake, onEvent });
@@ -246,8 +248,10 @@ export class Parts {
   }
 
   #hear({ kind, message }: WorkerEvent, fails: (error: Error) => void): void {
-    if (this.#closing || kind === "peer-gone") return; // QEMU's end is told by QEMU's exit
-    if (kind === "warning") this.#options.onWarning?.(message);
+    if (kind === "log") this.#options.recording?.write(message);
+    else if (this.#closing || kind === "peer-gone")
+      return; // QEMU's end is told by QEMU's exit
+    else if (kind === "warning") this.#options.onWarning?.(message);
     else fails(new UserError(message, 1));
   }
 }

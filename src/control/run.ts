@@ -60,6 +60,10 @@ async function measure(
   began: number,
   progress: (text: string) => void,
 ): Promise<Outcome> {
+  options.recording?.head({
+    memoryMiB: options.memoryMiB,
+    ...{ machine: machine.name, workload: options.workload.text },
+  });
   await machine.resume();
   const resumed = nowMs();
   const samples: RunResult["samples"][number][] = [];

@@ -38,7 +38,7 @@ export class Unpinning {
   get ofTracker() {
     return {
       policy: this.#choose(this.#choice),
-      observer: this.#interval,
+      observers: [this.#interval],
       pressure: (file: string) => this.#pressure(file),
     };
   }

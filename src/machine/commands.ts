@@ -18,8 +18,11 @@ type Message =
 
 /** What a worker tells without being asked. */
 export interface WorkerEvent {
-  /** "peer-gone": QEMU closed its end. "warning": something failed, the VM goes on. "broken": the VM cannot go on. */
-  readonly kind: "peer-gone" | "warning" | "broken";
+  /**
+   * "peer-gone": QEMU closed its end. "warning": something failed, the VM goes on. "broken": the VM cannot go on. "log":
+   * lines of an event log.
+   */
+  readonly kind: "peer-gone" | "warning" | "broken" | "log";
   readonly message: string;
 }
 

@@ -23,7 +23,7 @@ export class Pins {
   readonly #iommu: SoftwareIommu;
   readonly #clock: Clock;
   #policy: UnpinPolicy;
-  readonly #observer: PinObserver | undefined;
+  readonly #observers: readonly PinObserver[];
   /** A moment before the policy came. */
   #beforePolicy = 0 as Nanoseconds;
   /** The policy has been told of the frames in the ledger's slots below this. */
@@ -39,7 +39,7 @@ export class Pins {
     readonly policy: UnpinPolicy;
     readonly clock: Clock;
     /** Told what a policy is told, also of what was pinned before the policy came. */
-    readonly observer?: PinObserver | undefined;
+    readonly observers?: readonly PinObserver[] | undefined;
   }) {
     this.#memory = o.memory;
     this.#pinner = o.pinner;
@@ -47,7 +47,7 @@ export class Pins {
     this.#extents = new Extents(o.memory, o.pinner, this.ledger);
     this.#iommu = o.iommu;
     this.#policy = o.policy;
-    this.#observer = o.observer;
+    this.#observers = o.observers ?? [];
     this.#clock = o.clock;
   }
 
@@ -94,7 +94,7 @@ export class Pins {
     const slot = this.ledger.add(gfn, handle, generation);
     this.#iommu.allow(gfn, this.ledger.isClaimed(gfn));
     if (slot < this.#told) this.#policy.pinned(gfn, now);
-    this.#observer?.pinned(gfn, now);
+    for (const observer of this.#observers) observer.pinned(gfn, now);
   }
 
   /** Take over pins that an earlier backend made and did not release; the host still holds them. See Extents.adopt(). */
@@ -134,7 +134,7 @@ export class Pins {
 
   tried(gfn: Gfn, outcome: Claim, now: Nanoseconds): void {
     this.#policy.tried(gfn, outcome, now);
-    this.#observer?.tried(gfn, outcome, now);
+    for (const observer of this.#observers) observer.tried(gfn, outcome, now);
   }
 
   /** Keep of `gfns`, which are pinned, those whose memory the host has lost meanwhile. Throws HostError. */

@@ -50,7 +50,7 @@ export interface TrackerOptions {
   /** How long a driver may take to turn PIN on, from power-on or a machine reset; Infinity for ever. */
   readonly activationTimeout?: number;
   readonly bus?: AssignedBus;
-  readonly observer?: PinObserver;
+  readonly observers?: readonly PinObserver[];
   /** PassLimit.pressure, as the file of a policy says; 0 without. */
   readonly pressure?: (file: string) => number;
   /** The table's view of a unit; tests of the checkers put a broken one here. */

@@ -6,6 +6,7 @@ import type { DmaApi } from "../../driver/dma-api.ts";
 import { FaultCapableDma } from "../../driver/fault-capable-dma.ts";
 import { DRIVERS, type FrontEndDriver, type FrontEndDrivers, type Places } from "../../driver/front-end.ts";
 import { FramePool, RunPool } from "../../driver/pages.ts";
+import { RecordingDma } from "../../driver/recording-dma.ts";
 import { LazyQueue, RemappedDma } from "../../driver/remapped-dma.ts";
 import type { DriverCpu } from "../../driver/viommu.ts";
 import { monotonicClock } from "../../host/clock.ts";
@@ -14,6 +15,7 @@ import { counters } from "../../memory/counters.ts";
 import { GuestMemory } from "../../memory/guest-memory.ts";
 import { MailboxFunction } from "../../transport/mailbox.ts";
 import type { FrontEndName } from "../../virtio/front-end.ts";
+import { EventLogWriter } from "../../wire/event-log.ts";
 import { CommandServer, type WorkerBase } from "../commands.ts";
 import type { DeviceSetup } from "./device.ts";
 import { createLoad, type DeviceLink, type Load, type LoadSpec } from "./load.ts";
@@ -55,6 +57,8 @@ export interface CpuData {
   /** Its interrupts, and its commands. */
   readonly bell: SharedArrayBuffer;
   readonly counters: SharedArrayBuffer;
+  /** When the recording of its mappings began; null: there is none. */
+  readonly recordingSince: number | null;
   /** Its device; undefined where there are fewer devices than CPUs. */
   readonly link: DeviceLink | undefined;
 }
@@ -75,6 +79,7 @@ export class CpuThread {
   readonly #on: DriverCpu;
   readonly #pages: FramePool;
   readonly #drivers: FrontEndDrivers;
+  readonly #log: EventLogWriter | undefined;
   #driver: FrontEndDriver | undefined;
   #remapped: RemappedDma | undefined;
   #load: Load | undefined;
@@ -94,6 +99,9 @@ export class CpuThread {
     };
     const frames = framesOfCpu(memory.size, cpus);
     this.#pages = new FramePool(memory, (FIRST_FRAME + number * frames) as Gfn, frames);
+    const { recordingSince } = data;
+    if (recordingSince !== null)
+      this.#log = new EventLogWriter(recordingSince, (lines) => this.#commands.tell("log", lines));
     this.#commands = new CommandServer(data, {
       // What a CPU executes first.
       reset: () => {},
@@ -125,7 +133,7 @@ export class CpuThread {
     this.#load = createLoad(load, link, {
       memory: this.#on.memory,
       pages: this.#pages,
-      dma: this.#dmaOf(link.endpoint),
+      dma: this.#recorded(this.#dmaOf(link.endpoint), link.endpoint),
       clock: monotonicClock,
       seed: 1 + number,
     });
@@ -153,6 +161,11 @@ export class CpuThread {
     return this.#remapped;
   }
 
+  #recorded(dma: DmaApi, endpoint: Bdf): DmaApi {
+    const source = { cpu: this.#data.number, endpoint };
+    return this.#log ? new RecordingDma(dma, this.#log, monotonicClock, source) : dma;
+  }
+
   /** The CPU that boots counts what devices report. */
   #pollFaults(): void {
     if (this.#data.number === 0) this.#driver?.pollFaults?.();
@@ -161,6 +174,7 @@ export class CpuThread {
   /** Mappings that the workload has left. */
   #live(): number {
     this.#pollFaults();
+    this.#log?.flush();
     const { map, unmap } = this.#on.counters;
     if (this.#data.driver !== "coiommu") return map - unmap;
     // The table is that of all CPUs.
