@@ -93,14 +93,8 @@ export const optionOf =
     command.addOption(value === undefined ? option : option.default(value, shown));
   };
 
-/** Options of how a VM's pins are managed: of `run`, `compare` and `attach`. */
-export function addPinOptions(option: AddOption): void {
-  option(
-    "--policy <name>",
-    "which frames to unpin, NAME[,key=value…]: see `coiommu policies`; or ./FILE.ts, a policy of yours",
-    checkedPolicy,
-    "lru",
-  );
+/** What intervalOf() reads. */
+export function addIntervalOptions(option: AddOption): void {
   option(
     "--interval <time>",
     "time between unpin passes: 1s, 500ms, or adaptive: shorter while they find much, longer when frames come back soon",
@@ -110,6 +104,17 @@ export function addPinOptions(option: AddOption): void {
   );
   option("--interval-min <time>", "least that an adaptive interval gets to (default: 100ms)", parseInterval);
   option("--interval-max <time>", "most that it gets to (default: 10s)", parseInterval);
+}
+
+/** Options of how a VM's pins are managed: of `run`, `compare` and `attach`. */
+export function addPinOptions(option: AddOption): void {
+  option(
+    "--policy <name>",
+    "which frames to unpin, NAME[,key=value…]: see `coiommu policies`; or ./FILE.ts, a policy of yours",
+    checkedPolicy,
+    "lru",
+  );
+  addIntervalOptions(option);
   option(
     "--quota <limit>",
     "most the guest may have pinned: 10% of its memory, or a number of frames",
@@ -185,7 +190,11 @@ export function checkStrategies({ frontEnd }: MachineOptions, strategies: readon
 const checkedPolicy = (text: string): string => choosePolicy(text) && text;
 
 /** Throws UserError for bounds that are none. */
-export function intervalOf({ interval, intervalMin, intervalMax }: PinOptions): IntervalChoice {
+export function intervalOf({
+  interval,
+  intervalMin,
+  intervalMax,
+}: Pick<PinOptions, "interval" | "intervalMin" | "intervalMax">): IntervalChoice {
   if (interval !== "adaptive") {
     if (intervalMin ?? intervalMax)
       throw new UserError("--interval-min and --interval-max are bounds of --interval adaptive");

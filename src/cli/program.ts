@@ -3,6 +3,7 @@ import { attachCommand } from "./attach.ts";
 import { compareCommand } from "./compare.ts";
 import { doctorCommand } from "./doctor.ts";
 import { policiesCommand } from "./policies.ts";
+import { replayCommand } from "./replay.ts";
 import { runCommand } from "./run.ts";
 import { simCommand } from "./sim.ts";
 
@@ -19,6 +20,7 @@ export function program(): Command {
     compareCommand(),
     attachCommand(),
     policiesCommand(),
+    replayCommand(),
     simCommand(),
   ])
     root.addCommand(command.copyInheritedSettings(root));

@@ -59,6 +59,14 @@ export function parseTimeout(text: string): number {
   }
 }
 
+/** "5%" -> 0.05. */
+export function parseShare(text: string): number {
+  const match = /^(\d+(?:\.\d+)?)%$/.exec(text);
+  const share = match ? Number(match[1]) / 100 : Number.NaN;
+  if (!(share <= 1)) throw new InvalidArgumentError("It takes a share from 0% to 100%, such as 5%.");
+  return share;
+}
+
 /** "10%" or a number of frames. */
 export type Quota = { readonly percent: number } | { readonly frames: number };
 

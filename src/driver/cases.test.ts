@@ -7,7 +7,8 @@ import { CASES } from "../../test/vectors/driver-cases.ts";
 import type { Bdf } from "../base/units.ts";
 import type { GuestMemory } from "../memory/guest-memory.ts";
 import { TU_WRITABLE } from "../wire/dtt.ts";
-import { type FrameRange, PinRequests, type PinRequestsOptions } from "./pin-requests.ts";
+import type { FrameRange } from "./pin-batches.ts";
+import { PinRequests, type PinRequestsOptions } from "./pin-requests.ts";
 import { NO_UNIT, TrackingUnits } from "./units.ts";
 
 for (const tested of CASES)

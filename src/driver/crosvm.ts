@@ -23,7 +23,7 @@ import { putUint } from "../wire/struct.ts";
 import type { Cpu } from "./cpu.ts";
 import { type PinRequester, TrackedDma } from "./dma.ts";
 import { type DmaApi, DmaMapFailed, type PageAllocator } from "./dma-api.ts";
-import type { FrameRange } from "./pin-requests.ts";
+import type { FrameRange } from "./pin-batches.ts";
 import { surveyTable, type TableUse } from "./survey.ts";
 import { buildTable, type TableGeometry } from "./table.ts";
 import { TrackingUnits } from "./units.ts";

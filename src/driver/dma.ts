@@ -8,7 +8,7 @@ import {
   type DmaSegment,
   type PageAllocator,
 } from "./dma-api.ts";
-import type { FrameRange } from "./pin-requests.ts";
+import type { FrameRange } from "./pin-batches.ts";
 import type { TrackingUnits } from "./units.ts";
 
 /** Frames that `length` bytes from `address` on lie in; as the kernel counts, none only for 0 bytes at a frame's start. */
