@@ -4,7 +4,7 @@ import type { CompareResult, RunResult } from "../control/result.ts";
 import { STRATEGIES, type Strategy } from "../control/strategy.ts";
 import { withApi } from "./api.ts";
 import { prepareMachine } from "./machine-choice.ts";
-import { addMachineOptions, checkStrategies, type MachineOptions } from "./machine-options.ts";
+import { addMachineOptions, checkOptions, type MachineOptions } from "./machine-options.ts";
 import { table, writeJson } from "./output.ts";
 import { Progress } from "./progress.ts";
 import { parseCount, parseListOf } from "./units.ts";
@@ -27,7 +27,7 @@ export const compareCommand = (): Command =>
   ).action(async (options: CompareOptions) => {
     if (options.workload?.name === "shell")
       throw new UserError("--workload shell: a person cannot be compared; give it to `coiommu run`");
-    checkStrategies(options, options.strategies);
+    checkOptions(options, options.strategies);
     const progress = new Progress();
     try {
       const runs: RunResult[] = [];

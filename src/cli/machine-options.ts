@@ -180,8 +180,10 @@ export function addMachineOptions(command: Command): Command {
   return command.addHelpText("after", WORKLOADS);
 }
 
-/** Throws UserError for a strategy that the guest's driver cannot have through this function. */
-export function checkStrategies({ frontEnd }: MachineOptions, strategies: readonly Strategy[]): void {
+/** Before anything is set up. Throws UserError for options that do not go together. */
+export function checkOptions(options: MachineOptions, strategies: readonly Strategy[]): void {
+  intervalOf(options);
+  const { frontEnd } = options;
   const remapping = strategies.find(isRemapping);
   if (frontEnd === "crosvm" && remapping !== undefined)
     throw new UserError(`--front-end crosvm: has no domains, which strategy ${remapping} needs`);

@@ -5,7 +5,7 @@ import { STRATEGIES, type Strategy } from "../control/strategy.ts";
 import { monotonicClock } from "../host/clock.ts";
 import { withApi } from "./api.ts";
 import { prepareMachine } from "./machine-choice.ts";
-import { addMachineOptions, checkStrategies, type MachineOptions } from "./machine-options.ts";
+import { addMachineOptions, checkOptions, type MachineOptions } from "./machine-options.ts";
 import { table, writeJson } from "./output.ts";
 import { Progress } from "./progress.ts";
 import { parseOneOf } from "./units.ts";
@@ -30,7 +30,7 @@ export const runCommand = (): Command =>
         "write down what is mapped, unmapped and pinned, and when: for `coiommu replay`",
       ),
   ).action(async (options: RunCommandOptions) => {
-    checkStrategies(options, [options.strategy]);
+    checkOptions(options, [options.strategy]);
     const progress = new Progress();
     const recording = recordingOf(options, progress);
     try {

@@ -1,0 +1,124 @@
+/**
+ * An unpin pass over a large ledger in which nothing is idle: how long a PIN request that comes at any moment waits for
+ * the slice that is under way, and how long it takes, with passes and without.
+ */
+import { FRAME_SIZE, type Gfn, type Gpa } from "../src/base/units.ts";
+import { FramePool } from "../src/driver/pages.ts";
+import { buildTable } from "../src/driver/table.ts";
+import { TrackingUnits } from "../src/driver/units.ts";
+import { monotonicClock } from "../src/host/clock.ts";
+import { SoftwarePinner } from "../src/host/software-pinner.ts";
+import { counters, countersBuffer } from "../src/memory/counters.ts";
+import { GuestMemory } from "../src/memory/guest-memory.ts";
+import { createPolicy } from "../src/policy/registry.ts";
+import { createIommuBuffer, SoftwareIommu } from "../src/tracking/software-iommu.ts";
+import { TRACKING_COUNTERS, Tracker } from "../src/tracking/tracker.ts";
+import { SLICE_TIME } from "../src/tracking/unpin-passes.ts";
+
+/** Frames in the ledger. */
+const FRAMES = 2 ** 20;
+/** Frames that PIN requests ask for between slices; they are pinned already, as most of a request's frames are. */
+const REQUEST_FRAMES = 32;
+
+/** In microseconds. */
+export interface Distribution {
+  readonly p50: number;
+  readonly p99: number;
+  readonly p999: number;
+  readonly max: number;
+}
+
+export interface PassReport {
+  readonly bench: "pass";
+  readonly rounds: number;
+  readonly frames: number;
+  readonly limitUs: number;
+  /** A slice of the pass: what a request waits for at most. */
+  readonly slice: Distribution;
+  /** Share of the time of a pass in slices longer than the limit. */
+  readonly overLimit: number;
+  /** A PIN request between slices, and where there is no pass. */
+  readonly request: { readonly duringPass: Distribution; readonly alone: Distribution };
+  /** Whole passes, ms. */
+  readonly passMs: { readonly min: number; readonly median: number; readonly max: number };
+  /** [us, share of slices that took at most so long]. */
+  readonly curve: readonly (readonly [us: number, share: number])[];
+}
+
+export function pass(rounds: number): PassReport {
+  const { tracker } = busyGuest();
+  const slices: number[] = [];
+  const during: number[] = [];
+  const alone: number[] = [];
+  const passes: number[] = [];
+  for (let round = -2; round < rounds; round++) {
+    const began = monotonicClock.now();
+    let requests = 0;
+    tracker.startPass();
+    for (let more = true; more; ) {
+      const start = monotonicClock.now();
+      more = tracker.slice();
+      const sliced = monotonicClock.now();
+      tracker.pin([{ gfn: (requests++ * REQUEST_FRAMES) % FRAMES, nrFrames: REQUEST_FRAMES }]);
+      if (round < 0) continue;
+      slices.push((sliced - start) / 1000);
+      during.push((monotonicClock.now() - sliced) / 1000);
+    }
+    if (round < 0) continue;
+    passes.push((monotonicClock.now() - began) / 1e6);
+    for (let i = 0; i < requests; i++) {
+      const start = monotonicClock.now();
+      tracker.pin([{ gfn: (i * REQUEST_FRAMES) % FRAMES, nrFrames: REQUEST_FRAMES }]);
+      alone.push((monotonicClock.now() - start) / 1000);
+    }
+  }
+  const limitUs = SLICE_TIME / 1000;
+  const total = slices.reduce((a, b) => a + b);
+  const over = slices.filter((us) => us > limitUs).reduce((a, b) => a + b, 0);
+  const sorted = passes.toSorted((a, b) => a - b);
+  return {
+    ...{ bench: "pass", rounds, frames: FRAMES, limitUs, overLimit: over / total },
+    slice: distribution(slices),
+    request: { duringPass: distribution(during), alone: distribution(alone) },
+    passMs: { min: sorted[0]!, median: sorted[sorted.length >> 1]!, max: sorted.at(-1)! },
+    curve: curveOf(slices),
+  };
+}
+
+/** All of its frames are mapped, and so pinned. */
+function busyGuest() {
+  const tableFrames = FRAMES / 1024 + 8;
+  const bytes = new Uint8Array(new SharedArrayBuffer((FRAMES + tableFrames) * FRAME_SIZE));
+  const memory = new GuestMemory([{ gpa: 0 as Gpa, size: bytes.length, hostAddress: 0, bytes }]);
+  const table = buildTable(memory, new FramePool(memory, FRAMES as Gfn, tableFrames));
+  const tracker = new Tracker({
+    ...{ memory, clock: monotonicClock, policy: createPolicy("lru"), quota: Number.POSITIVE_INFINITY },
+    iommu: new SoftwareIommu(createIommuBuffer(FRAMES + tableFrames), monotonicClock),
+    pinner: new SoftwarePinner(),
+    counters: counters(TRACKING_COUNTERS, countersBuffer(TRACKING_COUNTERS)),
+    beforeActivation: "none",
+  });
+  tracker.activate(table.root, table.levels, true);
+  const units = new TrackingUnits(memory, table, 1);
+  for (let gfn = 0; gfn < FRAMES; gfn += 512) {
+    units.get(gfn, 512);
+    tracker.pin([{ gfn, nrFrames: 512 }]);
+  }
+  if (tracker.pinned !== FRAMES) throw new Error(`${tracker.pinned} frames are pinned`);
+  return { tracker };
+}
+
+function distribution(values: readonly number[]): Distribution {
+  const sorted = values.toSorted((a, b) => a - b);
+  const at = (share: number) => sorted[Math.min(sorted.length - 1, Math.floor(share * sorted.length))]!;
+  return { p50: at(0.5), p99: at(0.99), p999: at(0.999), max: sorted.at(-1)! };
+}
+
+function curveOf(values: readonly number[]): (readonly [number, number])[] {
+  const sorted = values.toSorted((a, b) => a - b);
+  const shares = Array.from({ length: 400 }, (_, i) => 1 - 10 ** (-i / 80));
+  return [...new Set(shares.map((share) => Math.floor(share * (sorted.length - 1))))].map((i) => [
+    sorted[i]!,
+    (i + 1) / sorted.length,
+  ]);
+}
