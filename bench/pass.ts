@@ -28,6 +28,9 @@ export interface Distribution {
   readonly max: number;
 }
 
+/** The share that took at most so long. */
+export type Curve = readonly (readonly [us: number, share: number])[];
+
 export interface PassReport {
   readonly bench: "pass";
   readonly rounds: number;
@@ -35,19 +38,22 @@ export interface PassReport {
   readonly limitUs: number;
   /** A slice of the pass: what a request waits for at most. */
   readonly slice: Distribution;
-  /** Share of the time of a pass in slices longer than the limit. */
-  readonly overLimit: number;
+  /** A loop of arithmetic that takes as long as a slice: what the machine does to anything. */
+  readonly reference: Distribution;
+  /** Shares that took longer than the limit. */
+  readonly overLimit: { readonly slice: number; readonly reference: number };
   /** A PIN request between slices, and where there is no pass. */
   readonly request: { readonly duringPass: Distribution; readonly alone: Distribution };
   /** Whole passes, ms. */
   readonly passMs: { readonly min: number; readonly median: number; readonly max: number };
-  /** [us, share of slices that took at most so long]. */
-  readonly curve: readonly (readonly [us: number, share: number])[];
+  readonly curves: { readonly slice: Curve; readonly reference: Curve };
 }
 
 export function pass(rounds: number): PassReport {
   const { tracker } = busyGuest();
+  const loopsPerNs = calibrate();
   const slices: number[] = [];
+  const references: number[] = [];
   const during: number[] = [];
   const alone: number[] = [];
   const passes: number[] = [];
@@ -60,9 +66,12 @@ export function pass(rounds: number): PassReport {
       more = tracker.slice();
       const sliced = monotonicClock.now();
       tracker.pin([{ gfn: (requests++ * REQUEST_FRAMES) % FRAMES, nrFrames: REQUEST_FRAMES }]);
+      const pinned = monotonicClock.now();
+      spin(sliced - start, loopsPerNs);
       if (round < 0) continue;
       slices.push((sliced - start) / 1000);
-      during.push((monotonicClock.now() - sliced) / 1000);
+      during.push((pinned - sliced) / 1000);
+      references.push((monotonicClock.now() - pinned) / 1000);
     }
     if (round < 0) continue;
     passes.push((monotonicClock.now() - began) / 1e6);
@@ -73,15 +82,15 @@ export function pass(rounds: number): PassReport {
     }
   }
   const limitUs = SLICE_TIME / 1000;
-  const total = slices.reduce((a, b) => a + b);
-  const over = slices.filter((us) => us > limitUs).reduce((a, b) => a + b, 0);
+  const over = (times: readonly number[]) => times.filter((us) => us > limitUs).length / times.length;
   const sorted = passes.toSorted((a, b) => a - b);
   return {
-    ...{ bench: "pass", rounds, frames: FRAMES, limitUs, overLimit: over / total },
-    slice: distribution(slices),
+    ...{ bench: "pass", rounds, frames: FRAMES, limitUs },
+    overLimit: { slice: over(slices), reference: over(references) },
+    ...{ slice: distribution(slices), reference: distribution(references) },
     request: { duringPass: distribution(during), alone: distribution(alone) },
     passMs: { min: sorted[0]!, median: sorted[sorted.length >> 1]!, max: sorted.at(-1)! },
-    curve: curveOf(slices),
+    curves: { slice: curveOf(slices), reference: curveOf(references) },
   };
 }
 
@@ -108,13 +117,31 @@ function busyGuest() {
   return { tracker };
 }
 
+let sink = 0;
+function arithmetic(loops: number): void {
+  for (let i = 0; i < loops; i++) sink = (Math.imul(sink, 0x9e37_79b1) + i) | 0;
+}
+const spin = (ns: number, loopsPerNs: number): void =>
+  arithmetic(Math.round(Math.min(ns, SLICE_TIME) * loopsPerNs));
+
+/** Loops of arithmetic() in a nanosecond, on the best of some days. */
+function calibrate(): number {
+  const loops = 1e6;
+  const times = Array.from({ length: 20 }, () => {
+    const start = monotonicClock.now();
+    arithmetic(loops);
+    return monotonicClock.now() - start;
+  });
+  return loops / Math.min(...times);
+}
+
 function distribution(values: readonly number[]): Distribution {
   const sorted = values.toSorted((a, b) => a - b);
   const at = (share: number) => sorted[Math.min(sorted.length - 1, Math.floor(share * sorted.length))]!;
   return { p50: at(0.5), p99: at(0.99), p999: at(0.999), max: sorted.at(-1)! };
 }
 
-function curveOf(values: readonly number[]): (readonly [number, number])[] {
+function curveOf(values: readonly number[]): Curve {
   const sorted = values.toSorted((a, b) => a - b);
   const shares = Array.from({ length: 400 }, (_, i) => 1 - 10 ** (-i / 80));
   return [...new Set(shares.map((share) => Math.floor(share * (sorted.length - 1))))].map((i) => [

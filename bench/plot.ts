@@ -1,10 +1,19 @@
-import { BarChart, CustomChart, type CustomSeriesOption } from "echarts/charts";
+import { BarChart, CustomChart, type CustomSeriesOption, LineChart, ScatterChart } from "echarts/charts";
 import { GridComponent, LegendComponent, TitleComponent } from "echarts/components";
 import { init, use } from "echarts/core";
 import { SVGRenderer } from "echarts/renderers";
 import type { Spread } from "./compare.ts";
 
-use([BarChart, CustomChart, GridComponent, LegendComponent, TitleComponent, SVGRenderer]);
+use([
+  BarChart,
+  CustomChart,
+  LineChart,
+  ScatterChart,
+  GridComponent,
+  LegendComponent,
+  TitleComponent,
+  SVGRenderer,
+]);
 
 export interface BarPlot {
   readonly title: string;
@@ -21,6 +30,45 @@ export interface BarPlot {
 }
 
 const COLORS = ["#4c6a92", "#c9a227", "#b5493b"];
+
+export interface PointPlot {
+  readonly title: string;
+  readonly subtitle: string;
+  readonly x: { readonly name: string; readonly log?: boolean };
+  readonly y: { readonly name: string; readonly max?: number };
+  /** Joined by a line, or a dot each. */
+  readonly series: readonly {
+    readonly name: string;
+    readonly line: boolean;
+    readonly points: readonly (readonly [x: number, y: number])[];
+  }[];
+}
+
+/** The plot as the text of an SVG file. */
+export function pointPlot({ title, subtitle, x, y, series }: PointPlot): string {
+  const chart = init(null, null, { renderer: "svg", ssr: true, width: 900, height: 480 });
+  const axis = { nameLocation: "middle" as const, nameGap: 36 };
+  try {
+    chart.setOption({
+      animation: false,
+      backgroundColor: "#ffffff",
+      color: ["#222222", ...COLORS, "#5b8c5a", "#8a5a9e", "#7f7f7f", "#d08a5a"],
+      title: { text: title, subtext: subtitle, left: 16, top: 10 },
+      legend: { top: 62, left: 60, itemGap: 24, data: series.map((s) => s.name) },
+      grid: { left: 72, right: 24, top: 100, bottom: 56 },
+      xAxis: { ...axis, type: x.log ? "log" : "value", name: x.name },
+      yAxis: { ...axis, nameGap: 48, type: "value", min: 0, ...(y.max && { max: y.max }), name: y.name },
+      series: series.map(({ name, line, points }) =>
+        line
+          ? { type: "line", name, showSymbol: false, data: points.map((p) => [...p]) }
+          : { type: "scatter", name, symbolSize: 9, data: points.map((p) => [...p]) },
+      ),
+    });
+    return chart.renderToSVGString();
+  } finally {
+    chart.dispose();
+  }
+}
 
 /** The plot as the text of an SVG file. */
 export function barPlot({ title, subtitle, unit, categories, series }: BarPlot): string {
