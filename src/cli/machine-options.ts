@@ -99,8 +99,8 @@ export function addIntervalOptions(option: AddOption): void {
     "--interval <time>",
     "time between unpin passes: 1s, 500ms, or adaptive: shorter while they find much, longer when frames come back soon",
     parseIntervalOrAdaptive,
-    parseInterval("1s"),
-    "1s",
+    "adaptive",
+    "adaptive",
   );
   option("--interval-min <time>", "least that an adaptive interval gets to (default: 100ms)", parseInterval);
   option("--interval-max <time>", "most that it gets to (default: 10s)", parseInterval);

@@ -238,7 +238,7 @@ export class HostSide {
   work(): number {
     this.#live();
     const now = monotonicClock.now();
-    this.#unpinning.work(this.#tracker, now);
+    this.#unpinning.work(this.#tracker, monotonicClock);
     const dueAt = Math.min(this.#unpinning.dueAt, this.#tracker.dueAt);
     return Math.max(0, (dueAt - now) / 1e6);
   }

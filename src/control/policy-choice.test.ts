@@ -94,7 +94,7 @@ for (const method of ["pinned", "tried", "candidates"])
     idle(m, 1, 2);
     for (let slice = 1; slice < 40; slice++) {
       m.clock.time += milliseconds(1);
-      unpinning.work(m.tracker, m.clock.now());
+      unpinning.work(m.tracker, m.clock);
     }
     assert.equal(warnings.length, 1);
     assert.match(warnings[0]!, /mine\.ts has failed, and policy lru takes its place: Error: my mistake/);

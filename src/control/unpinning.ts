@@ -1,3 +1,4 @@
+import type { Clock } from "../base/clock.ts";
 import { HostError } from "../base/errors.ts";
 import type { Nanoseconds } from "../base/units.ts";
 import { memoryPressure } from "../host/pressure.ts";
@@ -19,6 +20,8 @@ export class Unpinning {
   #toldPressure = false;
   #passBegan: Nanoseconds;
   #inPass = false;
+  /** Time in slices of the pass under way. */
+  #took = 0;
 
   constructor(
     o: { readonly policy: string; readonly interval: IntervalChoice },
@@ -48,19 +51,23 @@ export class Unpinning {
     return this.#inPass ? 0 : this.#passBegan + this.#interval.now;
   }
 
-  work(tracker: Tracker, now: Nanoseconds): void {
+  /** `clock`: tells `now`, and when the slice has ended. */
+  work(tracker: Tracker, clock: Clock): void {
+    const now = clock.now();
     if (this.#successor) tracker.setPolicy(this.#successor);
     this.#successor = undefined;
     if (now < this.dueAt) return;
     if (!this.#inPass) {
       tracker.startPass();
       this.#passBegan = now;
+      this.#took = 0;
       this.#inPass = true;
       return;
     }
     this.#inPass = tracker.slice();
+    this.#took += clock.now() - now;
     if (this.#inPass) return;
-    this.#interval.passEnded();
+    this.#interval.passEnded(now, this.#took);
     this.#show();
   }
 

@@ -5,12 +5,18 @@ import { PassInterval } from "./pass-interval.ts";
 
 const frames = (first: number, count: number) => Array.from({ length: count }, (_, i) => (first + i) as Gfn);
 const bounds = { min: milliseconds(100), max: milliseconds(4000) };
+const ms = (interval: PassInterval) => Math.round(interval.now / 1e6);
 
-/** A pass at `ms` that tries 100 frames, of which `unpinned` go. */
-function pass(interval: PassInterval, ms: number, unpinned: number): void {
+/** A pass at `at` ms that tries 100 frames, of which `unpinned` go. */
+function pass(interval: PassInterval, at: number, unpinned: number, took = 0): void {
   for (const gfn of frames(0, 100))
-    interval.tried(gfn, gfn < unpinned ? "claimed" : "accessed", milliseconds(ms));
-  interval.passEnded();
+    interval.tried(gfn, gfn < unpinned ? "claimed" : "accessed", milliseconds(at));
+  interval.passEnded(milliseconds(at), took);
+}
+
+/** Frames that were unpinned are asked for again, one in each request. */
+function comeBack(interval: PassInterval, from: number, count: number): void {
+  for (const gfn of frames(0, count)) interval.pinned(gfn, milliseconds(from + 0.1 * gfn));
 }
 
 test("a fixed interval stays what it is", () => {
@@ -21,44 +27,75 @@ test("a fixed interval stays what it is", () => {
 
 test("an adaptive one begins at a second, shortens while passes find much, and not below its least", () => {
   const interval = new PassInterval(bounds);
-  assert.equal(interval.now, milliseconds(1000));
+  assert.equal(ms(interval), 1000);
   pass(interval, 0, 50);
-  assert.ok(interval.now < milliseconds(1000));
-  for (let i = 0; i < 20; i++) pass(interval, i, 50);
+  assert.ok(ms(interval) < 1000);
+  for (let i = 1; i < 20; i++) pass(interval, 100 * i, 50);
   assert.equal(interval.now, bounds.min);
 });
 
-test("it lengthens when frames come back soon, and not above its most", () => {
+test("it lengthens while frames that come back soon make too many requests, and not above its most", () => {
   const interval = new PassInterval(bounds);
   for (let i = 0; i < 20; i++) {
-    const ms = 10_000 * i;
-    pass(interval, ms, 50);
-    for (const gfn of frames(0, 50)) interval.pinned(gfn, milliseconds(ms + 50));
-    pass(interval, ms + 100, 0);
-  }
-  assert.equal(interval.cameBack, 20 * 50);
-  assert.equal(Math.round(interval.now / 1e6), 1000, "what one pass gained, the next one gave back");
-  for (const gfn of frames(0, 50)) interval.tried(gfn, "claimed", milliseconds(300_000));
-  for (let i = 0; i < 20; i++) {
-    for (const gfn of frames(0, 50)) interval.pinned(gfn, milliseconds(300_050 + 100 * i));
-    pass(interval, 300_100 + 100 * i, 50);
+    pass(interval, 1000 * i, 80);
+    comeBack(interval, 1000 * i + 50, 80);
   }
   assert.equal(interval.now, bounds.max);
+  assert.equal(interval.cameBack, 20 * 80);
+});
+
+test("frames that come back in few requests are no reason to lengthen: they cost few exits", () => {
+  const interval = new PassInterval(bounds);
+  for (let i = 0; i < 20; i++) {
+    pass(interval, 1000 * i, 80);
+    for (const gfn of frames(0, 80)) interval.pinned(gfn, milliseconds(1000 * i + 50));
+  }
+  assert.deepEqual([interval.now, interval.cameBack], [bounds.min, 20 * 80]);
 });
 
 test("frames that come back late are no reason to lengthen", () => {
   const interval = new PassInterval(bounds);
   pass(interval, 0, 50);
   const before = interval.now;
-  for (const gfn of frames(0, 50)) interval.pinned(gfn, milliseconds(60_000));
-  interval.passEnded();
-  assert.deepEqual([interval.now, interval.cameBack], [before, 0]);
+  comeBack(interval, 60_000, 50);
+  pass(interval, 60_010, 0);
+  assert.ok(interval.now <= 1.02 * before);
+  assert.equal(interval.cameBack, 0);
 });
 
-test("between the two it stays: little was found, and little came back", () => {
+test("between the two it stays: little was found, or as many came back as may", () => {
   const interval = new PassInterval(bounds);
   for (let i = 0; i < 10; i++) pass(interval, i, 5);
-  assert.equal(interval.now, milliseconds(1000));
+  assert.equal(ms(interval), 1000);
+  pass(interval, 1000, 0);
+  for (let i = 1; i < 10; i++) {
+    for (const gfn of frames(0, 40)) interval.tried(gfn, "claimed", milliseconds(1000 * i));
+    comeBack(interval, 1000 * i + 50, 40);
+    interval.passEnded(milliseconds(1000 * i + 1000), 0);
+  }
+  assert.equal(ms(interval), 1000);
+});
+
+test("passes that take more than a tenth of the backend's time lengthen it", () => {
+  const interval = new PassInterval(bounds);
+  pass(interval, 0, 50, milliseconds(110));
+  assert.equal(ms(interval), 1500);
+  pass(interval, 2000, 5, milliseconds(110));
+  assert.equal(ms(interval), 1500);
+});
+
+test("while passes find little, a short one goes back to a second by and by, and a long one stays", () => {
+  const interval = new PassInterval(bounds);
+  for (let i = 0; i < 20; i++) pass(interval, 100 * i, 50);
+  const times = Array.from({ length: 150 }, (_, i) => {
+    pass(interval, 10_000 + 1000 * i, 0);
+    return ms(interval);
+  });
+  assert.deepEqual([times[0], times[1], times.at(-1)], [102, 104, 1000]);
+  const long = new PassInterval(milliseconds(3000));
+  long.choose(bounds);
+  pass(long, 0, 0);
+  assert.equal(ms(long), 3000);
 });
 
 test("new bounds hold at once, and an adaptive one goes on from where a fixed one was", () => {

@@ -11,15 +11,23 @@ export const ADAPTIVE_BOUNDS = { min: milliseconds(100), max: milliseconds(10_00
 const GHOSTS_MAX = 65_536;
 /** A frame that is asked for within so many intervals of its unpin came back soon: it should have stayed. */
 const SOON = 4;
-/** Of what was unpinned, the part that may come back soon; with more, the interval is too short. */
-const PRICE = 0.1;
+/**
+ * Requests for frames that came back soon, in a second: with more the interval is too short, with less than half of it a
+ * shorter one may be tried. An exit costs the guest some 10 us, so this is less than 0.1 % of a CPU.
+ */
+const PRICE = 50;
 /** Of what was tried, the part that was idle; with more, there was much to find, and earlier is better. */
 const MUCH = 0.1;
+/** Of the backend's time, what passes may take. */
+const SHARE = 0.1;
 const STEP = 1.5;
+/** To where an interval goes back by and by while passes find little: what it is at first. */
+const REST = milliseconds(1000);
+const DRIFT = 1.02;
 
 /**
- * When the next unpin pass is due. An adaptive interval shortens after a pass that found much, and lengthens when frames
- * come back soon, which is the price of passes that follow each other too quickly. Between the two it stays.
+ * When the next unpin pass is due. An adaptive interval shortens after a pass that found much, and lengthens while frames
+ * that come back soon make the guest leave too often, or when passes take too much of the backend's time.
  */
 export class PassInterval implements Pick<UnpinPolicy, "pinned" | "tried"> {
   readonly #ghosts = new FrameQueues();
@@ -28,7 +36,10 @@ export class PassInterval implements Pick<UnpinPolicy, "pinned" | "tried"> {
   // Since the pass before ended.
   #tried = 0;
   #unpinned = 0;
-  #cameBack = 0;
+  #requests = 0;
+  #ended = 0;
+  /** When the last of those requests was. */
+  #requested = Number.NaN;
   /** Frames that came back soon, in all. */
   cameBack = 0;
 
@@ -46,16 +57,17 @@ export class PassInterval implements Pick<UnpinPolicy, "pinned" | "tried"> {
   /** An adaptive one goes on from where it is, as far as the bounds let it. */
   choose(choice: IntervalChoice): void {
     this.#choice = choice;
-    // One second at first: what it is without being chosen.
     if (typeof choice === "number") this.#now = choice;
-    else this.#bound(this.#now || milliseconds(1000));
+    else this.#bound(this.#now || REST);
   }
 
   pinned(gfn: Gfn, now: Nanoseconds): void {
     if (!this.#ghosts.has(gfn)) return;
     if (now - this.#ghosts.since(gfn) <= SOON * this.#now) {
-      this.#cameBack++;
       this.cameBack++;
+      // All frames of a request are pinned at one moment.
+      if (now !== this.#requested) this.#requests++;
+      this.#requested = now;
     }
     this.#ghosts.remove(gfn);
   }
@@ -68,12 +80,17 @@ export class PassInterval implements Pick<UnpinPolicy, "pinned" | "tried"> {
     if (this.#ghosts.size() > GHOSTS_MAX) this.#ghosts.remove(this.#ghosts.oldest()!);
   }
 
-  passEnded(): void {
+  /** `took`: time spent in its slices. */
+  passEnded(now: Nanoseconds, took: number): void {
+    const perSecond = (1e9 * this.#requests) / Math.max(1, now - this.#ended);
     if (typeof this.#choice !== "number") {
-      if (this.#cameBack > PRICE * Math.max(this.#unpinned, 1)) this.#bound(this.#now * STEP);
-      else if (this.#unpinned > MUCH * this.#tried) this.#bound(this.#now / STEP);
+      if (perSecond > PRICE || took > SHARE * this.#now) this.#bound(this.#now * STEP);
+      else if (this.#unpinned <= MUCH * this.#tried)
+        this.#bound(Math.max(this.#now, Math.min(REST, this.#now * DRIFT)));
+      else if (perSecond < PRICE / 2) this.#bound(this.#now / STEP);
     }
-    this.#tried = this.#unpinned = this.#cameBack = 0;
+    this.#tried = this.#unpinned = this.#requests = 0;
+    this.#ended = now;
   }
 
   #bound(ns: number): void {

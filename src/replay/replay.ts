@@ -118,7 +118,7 @@ class Replay {
       this.#now = this.#passDue;
       this.#tracker.startPass();
       while (this.#tracker.slice());
-      this.#interval.passEnded();
+      this.#interval.passEnded(this.#now as Nanoseconds, 0);
       this.#passDue = this.#now + this.#interval.now;
       this.#samples.push({ seconds: this.#now / SECOND, pinned: this.#tracker.pinned });
     }

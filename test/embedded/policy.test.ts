@@ -96,7 +96,7 @@ for (const [what, args, code, message] of [
   ],
   [
     "bounds of an interval that is fixed",
-    ["run", "--interval-min", "1s"],
+    ["run", "--interval", "1s", "--interval-min", "1s"],
     2,
     /are bounds of --interval adaptive/,
   ],
