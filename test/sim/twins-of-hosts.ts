@@ -1,4 +1,5 @@
-import { FakeHost, HOST_BASE, PRESENT } from "../../src/sim/fake-host.ts";
+import { FRAME_SIZE } from "../../src/base/units.ts";
+import { FakeHost, frameAt } from "../../src/sim/fake-host.ts";
 import type { Settings } from "../../src/sim/settings.ts";
 import type { BrokenTwin } from "./twins.ts";
 
@@ -16,7 +17,7 @@ class HoardingHost extends FakeHost {
 class StrayHost extends FakeHost {
   override pin(...[addresses, ...others]: Parameters<FakeHost["pin"]>): void {
     super.pin(
-      addresses.map((address) => address + 64 * 4096),
+      addresses.map((address) => address + 64 * FRAME_SIZE),
       ...others,
     );
   }
@@ -26,9 +27,7 @@ class StrayHost extends FakeHost {
 class SplittingHost extends FakeHost {
   override pin(...args: Parameters<FakeHost["pin"]>): void {
     const [addresses, count] = args;
-    const rest = new Set(
-      [...addresses.subarray(0, count)].map((address) => ((address % PRESENT) - HOST_BASE) / 4096),
-    );
+    const rest = new Set([...addresses.subarray(0, count)].map(frameAt));
     for (const { gfn, handle } of [...this.pages])
       if (rest.has(gfn) && !this.#early.has(handle)) {
         super.release(Int32Array.of(handle), 1);

@@ -4,7 +4,7 @@ import { TrackingUnits } from "../../src/driver/units.ts";
 import type { GuestMemory } from "../../src/memory/guest-memory.ts";
 import type { UnpinPolicy } from "../../src/policy/policy.ts";
 import { CheckedTracker } from "../../src/sim/backend.ts";
-import { FakeHost, HOST_BASE, PRESENT } from "../../src/sim/fake-host.ts";
+import { FakeHost, frameAt } from "../../src/sim/fake-host.ts";
 import type { Settings } from "../../src/sim/settings.ts";
 import type { Twin } from "../../src/sim/world.ts";
 import { DmaTrackingTable, NO_UNIT, type Unit } from "../../src/tracking/dtt.ts";
@@ -128,7 +128,7 @@ function earlyTwin(): Twin {
   class EarlyHost extends FakeHost {
     override pin(...[addresses, count, ...others]: Parameters<FakeHost["pin"]>): void {
       for (const address of addresses.subarray(0, count)) {
-        const unit = table?.walk((((address % PRESENT) - HOST_BASE) / 4096) as never) ?? NO_UNIT;
+        const unit = table?.walk(frameAt(address)) ?? NO_UNIT;
         if (unit !== NO_UNIT) table!.setPinned(unit);
       }
       super.pin(addresses, count, ...others);
