@@ -30,7 +30,7 @@ const P = TU_PINNED | 0;
 const UNHARVESTED = /before a harvest, which does not give it/;
 const GIVEN_AWAY = /hits a page that the guest has given away/;
 const LOST_COUNT = /COUNT 0|unpinned while it is mapped|idle and stay pinned|before a harvest/;
-const LOST = /unpinned while it is mapped|DMA to frame|DMA fault|the host does not hold it|COUNT 0/;
+const LOST = /unpinned while it is mapped|DMA to (frame|GPA)|DMA fault|the host does not hold it|COUNT 0/;
 
 class OpenTable extends DmaTrackingTable {
   readonly memory: GuestMemory;
@@ -389,11 +389,12 @@ export const twins: Readonly<Record<string, BrokenTwin>> = {
   },
   "a driver that counts down by load and store": {
     twin: { driver: { openUnits: (...args) => new TornUnits(...args) } },
-    found: /COUNT 0|unpinned while it is mapped|idle and stay pinned/,
+    found: /COUNT (is not )?0|unpinned while it is mapped|idle and stay pinned/,
   },
   "a harvest by load and store": {
     twin: { backend: { openTable: (...args) => new TornHarvestTable(...args) } },
     found: LOST_COUNT,
+    settings: { pinDirty: true, harvestInterval: 0.4, hostile: false, buffers: 3 },
   },
   "a harvest that does not look at W": {
     twin: { backend: { openTable: (...args) => new BlindHarvestTable(...args) } },
