@@ -23,6 +23,13 @@ class StrayHost extends FakeHost {
   }
 }
 
+/** Says that a page is pinned, and pins none. */
+class PromisingHost extends FakeHost {
+  override pin(_addresses: Float64Array, count: number, handles: Int32Array): void {
+    for (let i = 0; i < count; i++) handles[i] = i;
+  }
+}
+
 /** Lets go of an extent before it pins its rest. */
 class SplittingHost extends FakeHost {
   override pin(...args: Parameters<FakeHost["pin"]>): void {
@@ -63,6 +70,17 @@ export const hostTwins: Readonly<Record<string, BrokenTwin>> = {
   "a batch of pins that fails half way and keeps what it has": {
     twin: { backend: { makeHost: (...args) => new HoardingHost(...args) } },
     found: /PIN was refused|the host holds/,
+  },
+  "a PIN that is granted and pins nothing": {
+    twin: { backend: { makeHost: (...args) => new PromisingHost(...args) } },
+    found: /^PIN of frame \d+ is OK, but it is not held/,
+    settings: { beforeActivation: "none", faultCapable: false },
+  },
+  "a fault that is granted and pins nothing": {
+    twin: { backend: { makeHost: (...args) => new PromisingHost(...args) } },
+    found: /^a fault on frame \d+ is granted, but it is not held/,
+    // Devices are at work before a driver asks for anything.
+    settings: { beforeActivation: "none", driverComes: 2, faultCapable: true },
   },
   "a pin of the wrong page": {
     twin: { backend: { makeHost: (...args) => new StrayHost(...args) } },
