@@ -3,6 +3,7 @@ import type { Gpa } from "../../src/base/units.ts";
 import { TrackingUnits } from "../../src/driver/units.ts";
 import type { GuestMemory } from "../../src/memory/guest-memory.ts";
 import type { UnpinPolicy } from "../../src/policy/policy.ts";
+import { createPolicy } from "../../src/policy/registry.ts";
 import { CheckedTracker } from "../../src/sim/backend.ts";
 import { FakeHost, frameAt } from "../../src/sim/fake-host.ts";
 import type { Settings } from "../../src/sim/settings.ts";
@@ -200,6 +201,14 @@ class TrustingIommu extends SoftwareIommu {
   }
 }
 
+/** Never unpins, whatever it is told. */
+class HoldingTracker extends CheckedTracker {
+  constructor([options, ...others]: ConstructorParameters<typeof CheckedTracker>) {
+    super({ ...options, policy: createPolicy("off") }, ...others);
+  }
+  override setPolicy(): void {}
+}
+
 /** Its new policy hears of what is pinned from then on. */
 class ForgetfulTracker extends CheckedTracker {
   readonly clock: Clock;
@@ -377,9 +386,7 @@ export const twins: Readonly<Record<string, BrokenTwin>> = {
     found: /lost|nobody can go on/,
   },
   "a policy that never unpins": {
-    twin: {
-      backend: { policy: () => ({ name: "off", parameters: {}, pinned() {}, tried() {}, candidates() {} }) },
-    },
+    twin: { backend: { makeTracker: (...args) => new HoldingTracker(args) } },
     found: /are idle and stay pinned/,
   },
   "a driver that looks at P before it counts": {
