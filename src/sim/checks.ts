@@ -39,10 +39,7 @@ export class Checks {
     this.#hostile = o.hostile;
   }
 
-  /**
-   * The host has pinned a page. `present`: through the mapping that gives none memory; `anew`: the frame had been discarded,
-   * and now has memory.
-   */
+  /** The host has pinned a page, see HostObserver. */
   pinned(gfn: Gfn, present: boolean, anew: boolean): void {
     if (!present) this.claims.forget(gfn);
     if (!this.#isRam(gfn)) throw new Violation(`frame ${gfn} is pinned, which is not RAM`);

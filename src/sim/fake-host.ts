@@ -9,6 +9,9 @@ export const HOST_BASE = 0x7f00_0000_0000;
 /** From a host address to the same page in the second mapping, GuestRegion.presentAddress. */
 export const PRESENT = 2 ** 50;
 
+/** The frame at a host address of either mapping. */
+export const frameAt = (address: number): Gfn => (((address % PRESENT) - HOST_BASE) / FRAME_SIZE) as Gfn;
+
 /** What the fake kernel does next: grant, or refuse with an errno. */
 export interface HostFaults {
   pin(): string | undefined;
@@ -79,7 +82,7 @@ export class FakeHost implements Pinner {
 
   pin(addresses: Float64Array, count: number, handles: Int32Array, lengths?: Float64Array): void {
     for (let i = 0; i < count; i++) {
-      const first = ((addresses[i]! % PRESENT) - HOST_BASE) / FRAME_SIZE;
+      const first = frameAt(addresses[i]!);
       const present = addresses[i]! >= PRESENT;
       const frames = (lengths?.[i] ?? FRAME_SIZE) / FRAME_SIZE;
       const refusal = () => {
@@ -113,7 +116,7 @@ export class FakeHost implements Pinner {
 
   discarded(addresses: Float64Array, count: number, out: Uint8Array): void {
     for (let i = 0; i < count; i++) {
-      const gfn = ((addresses[i]! - HOST_BASE) / FRAME_SIZE) as Gfn;
+      const gfn = frameAt(addresses[i]!);
       out[i] = step(this.#turn, "look", () => Number(this.#holes.has(gfn)), frameAsPlace(gfn));
     }
   }

@@ -32,6 +32,8 @@ import type { Twin } from "./world.ts";
 const MAPPINGS_MAX = 4;
 const SEGMENTS_MAX = 2;
 const DOMAIN = 7;
+/** The last of the things that a CPU chooses among. */
+const MAP = 11;
 const DIRECTIONS: readonly DmaDirection[] = ["bidirectional", "to-device", "from-device"];
 
 type Ballooned = "no" | "in" | "wanted";
@@ -56,7 +58,8 @@ export class GuestCpu {
   #mappings: Mapping[] = [];
   /** A frame that only this CPU uses, and where it is. */
   readonly #own: Gfn;
-  readonly #strays: StrayDma;
+  /** Of CPU 0 alone. */
+  readonly #strays: StrayDma | undefined;
   #ballooned: Ballooned = "no";
   /** It has been mapped since it was there: else it is not worth being given away. */
   #ownUsed = false;
@@ -92,13 +95,13 @@ export class GuestCpu {
       faulted: (report) => step(this.process, "told", () => guest.parts.faults.told(report)),
       ...twin.driver,
     };
-    this.#strays = new StrayDma(guest, random, () => this.#driver);
+    this.#strays = id === 0 ? new StrayDma(guest, random, () => this.#driver) : undefined;
     this.#makeRemapped = twin.remappedDma ?? ((options) => new RemappedDma(options));
   }
 
   get atRest(): boolean {
     const left = this.#mappings.length > 0 || this.#lazy.size > 0;
-    return !this.process.busy && !left && (this.#id > 0 || this.#strays.atRest);
+    return !this.process.busy && !left && (this.#strays?.atRest ?? true);
   }
 
   /** The machine is reset: begin anew. */
@@ -131,18 +134,18 @@ export class GuestCpu {
     if (draining) {
       if (idle.length > 0) return this.#unmap(idle[0]!);
       if (this.#lazy.size > 0) return this.#tick(true);
-      return this.#id === 0 ? this.#strays.last() : undefined;
+      return this.#strays?.last();
     }
     if (parts.restarts && this.#id === 0 && this.#random(60) === 0) return this.#restart();
     if (this.#remapped && this.#random(20) === 0) return this.#tick(false);
     if (this.#id === 0 && this.#canMove && this.#random(3) === 0) return this.#move();
-    const strays = this.#id === 0 ? this.#strays.next() : undefined;
+    const strays = this.#strays?.next();
     if (strays) return strays;
     const moved = parts.balloon && this.#useBalloon(parts.balloon);
     if (moved) return moved;
     if (parts.faultCapable?.atRest && this.#random(2) === 0) this.#touch(parts.faultCapable);
     const any = idle[this.#random(idle.length)];
-    const choice = parts.hoards(this.#id) ? 11 : this.#random(12);
+    const choice = parts.hoards(this.#id) ? MAP : this.#random(MAP + 1);
     if (choice === 0) return this.#sleep();
     if (choice === 1) return this.#allocate();
     if (choice < 6 && any) this.#transfer(any);

@@ -14,6 +14,14 @@ test("seeds bring about every kind of machine", () => {
     assert.ok(new Set(settings.map((s) => s[name])).size > 1, name);
 });
 
+test("regression: a lone CPU and no unpins come to an end, whatever else a seed chooses", () => {
+  for (const seed of [5706, 7754, 8310]) {
+    const { cpus, policy } = settingsOf(seed);
+    assert.deepEqual([cpus, policy], [1, "off"]);
+    assert.equal(simulate(seed, 5000).error, undefined);
+  }
+});
+
 test("a failure is cut down to the fewest steps after which it still fails", () => {
   // In its world a lost kick is waited for, and given up.
   const seed = 2;

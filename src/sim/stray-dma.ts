@@ -33,9 +33,9 @@ export class StrayDma {
 
   /** At times, while others work. */
   next(): Operation | undefined {
-    const { strays } = this.#guest.parts;
+    const { strays, engines } = this.#guest.parts;
     if (!strays || !this.#driver()?.pollFaults) return undefined;
-    if (this.#random(8) === 0) this.#stray(this.#any(this.#guest.parts.engines));
+    if (this.#random(8) === 0) this.#stray(engines[this.#random(engines.length)]!);
     return this.#random(strays) === 0 ? this.#read() : undefined;
   }
 
@@ -59,10 +59,6 @@ export class StrayDma {
   get atRest(): boolean {
     const { faults, hostile } = this.#guest.parts;
     return hostile || !this.#driver()?.setBypass || (this.#ended && faults.unread === 0);
-  }
-
-  #any<T>(list: readonly T[]): T {
-    return list[this.#random(list.length)]!;
   }
 
   #stray(engine: DmaEngine): void {

@@ -13,6 +13,9 @@ const EMBEDDED = ["--machine", "embedded", "--memory", "256M", "--interval", "10
 interface State {
   readonly life: string;
   readonly pinned: number;
+  readonly framesClaimed: number;
+  readonly framesNeverTransferred: number;
+  readonly uptimeMs: number;
 }
 interface Counters {
   readonly tracking: Readonly<Record<string, number | null>>;
@@ -59,8 +62,12 @@ test("a busy guest is watched and steered, by two clients at once", async (t) =>
     ask: send,
   } = await running(t, path, "--workload", "fio:rw=randread,bs=4k,seconds=600,size=8M");
   const state = await get<State>("/v1/state");
+  const { pinned: held, framesClaimed, framesNeverTransferred, uptimeMs } = state;
   assert.deepEqual(
-    { ...state, pinned: state.pinned > 0, framesClaimed: 1, framesNeverTransferred: 1, uptimeMs: 0 },
+    {
+      ...{ ...state, pinned: held > 0, framesClaimed: framesClaimed > 0 },
+      ...{ framesNeverTransferred: framesNeverTransferred >= 0, uptimeMs: uptimeMs > 0 },
+    },
     {
       ...{
         machine: "embedded",
@@ -69,9 +76,9 @@ test("a busy guest is watched and steered, by two clients at once", async (t) =>
         ...{ policy: { name: "lru", parameters: {} }, intervalMs: 100 },
         background: null,
       },
-      ...{ framesClaimed: 1, framesNeverTransferred: 1 },
+      ...{ framesClaimed: true, framesNeverTransferred: true },
       ...{ quotaFrames: null, pinned: true, parked: false, parks: { guest: 0, operator: false } },
-      ...{ endpoints: ["0000:00:04.0"], uptimeMs: 0 },
+      ...{ endpoints: ["0000:00:04.0"], uptimeMs: true },
     },
   );
 

@@ -26,7 +26,11 @@ import { EVENT_QUEUE, VirtioIommu } from "../../src/virtio/iommu.ts";
 import { VirtioPciFunction } from "../../src/virtio/pci.ts";
 import { ENTRY_PRESENT, TU_ACCESSED, TU_COUNT, TU_PINNED } from "../../src/wire/dtt.ts";
 import { VIRTIO_STATUS_DRIVER_OK, VirtioPciCommonCfg } from "../../src/wire/pci.ts";
-import { Fault } from "../../src/wire/virtio-iommu.ts";
+import {
+  Fault,
+  VIRTIO_IOMMU_FAULT_F_ADDRESS,
+  VIRTIO_IOMMU_FAULT_F_READ,
+} from "../../src/wire/virtio-iommu.ts";
 import { FakeClock } from "../support/clock.ts";
 import { HOST_BASE, PRESENT, ramRegion, store64 } from "../support/guest.ts";
 import { FakePinner } from "../support/pinner.ts";
@@ -305,12 +309,16 @@ class FuzzedDevice {
     if (this.#spoilt) return;
     const told = this.#faulted !== undefined && this.#eventBuffers > 0 && this.#running;
     if (told) this.#eventBuffers--;
-    const expected = Fault.encode({ flags: 0x101, endpoint: PIPE_ENDPOINT, address: this.#faulted ?? 0 });
+    const expected = Fault.encode({
+      flags: READ_OF_ADDRESS,
+      endpoint: PIPE_ENDPOINT,
+      address: this.#faulted ?? 0,
+    });
     check(events.length === (told ? 1 : 0), `${events.length} faults are reported`);
     // The reason is what the device's addresses mean; they mean other things with bypass 0.
     for (const event of events)
       check(
-        Buffer.compare(event.subarray(4), expected.subarray(4)) === 0,
+        Buffer.compare(event.subarray(AFTER_REASON), expected.subarray(AFTER_REASON)) === 0,
         "a fault is reported that was not",
       );
   }
@@ -331,6 +339,8 @@ class FuzzedDevice {
   }
 }
 
+const AFTER_REASON = Fault.fields.flags.at;
+const READ_OF_ADDRESS = VIRTIO_IOMMU_FAULT_F_READ | VIRTIO_IOMMU_FAULT_F_ADDRESS;
 const RUNNING = BigInt(VIRTIO_STATUS_DRIVER_OK | 1 | 2 | 8);
 
 /** Whether the guest's own ring or table may be anything after this record. */

@@ -4,8 +4,9 @@ import { FRAME_SIZE, type Gfn } from "../../src/base/units.ts";
 import { GuestMemory } from "../../src/memory/guest-memory.ts";
 import type { TrackingCounters } from "../../src/tracking/counters.ts";
 import { DmaTrackingTable, type Unit } from "../../src/tracking/dtt.ts";
-import type { FaultLog } from "../../src/tracking/faults.ts";
+import type { Fault, FaultLog } from "../../src/tracking/faults.ts";
 import { SoftwareIommu } from "../../src/tracking/software-iommu.ts";
+import { Tracker, type TrackerOptions } from "../../src/tracking/tracker.ts";
 import { HOST_BASE } from "../support/guest.ts";
 import { corpusOf } from "./corpus.ts";
 import type { DeviceParts } from "./device.ts";
@@ -47,20 +48,38 @@ class NeverRevokes extends SoftwareIommu {
   override revoke(_gfn: Gfn): void {}
 }
 
-class RepeatsFaults extends SoftwareIommu {
-  override faultLog(counters: TrackingCounters): FaultLog {
-    const log = super.faultLog(counters);
-    const { serve } = log;
-    log.serve = (report) => serve.call(log, (fault) => report(fault) && report(fault));
-    return log;
-  }
-}
+type Report = (fault: Fault) => boolean;
+
+/** An IOMMU whose faults are told of as `tell` has it. */
+const telling = (tell: (report: Report) => Report) =>
+  class extends SoftwareIommu {
+    override faultLog(counters: TrackingCounters): FaultLog {
+      const log = super.faultLog(counters);
+      const { serve } = log;
+      log.serve = (report) => serve.call(log, tell(report));
+      return log;
+    }
+  };
+const RepeatsFaults = telling((report) => (fault) => report(fault) && report(fault));
+const MovesFaults = telling((report) => (fault) => report({ ...fault, address: fault.address + 1 }));
 
 class KeepsP extends DmaTrackingTable {
   override claimForUnpin(unit: Unit): ReturnType<DmaTrackingTable["claimForUnpin"]> {
     const outcome = super.claimForUnpin(unit);
     if (outcome === "claimed") this.setPinned(unit);
     return outcome;
+  }
+}
+
+class HastyTracker extends Tracker {
+  readonly memory: GuestMemory;
+  constructor(options: TrackerOptions) {
+    super(options);
+    this.memory = options.memory;
+  }
+  override activate(...args: Parameters<Tracker["activate"]>): boolean {
+    this.memory.read(args[0], new Uint8Array(4));
+    return super.activate(...args);
   }
 }
 
@@ -83,9 +102,20 @@ const twins: [what: string, target: Target, message: RegExp, bytesMax?: number][
     /has P/,
   ],
   ["a device that reports a fault twice", device({ iommu: RepeatsFaults }), /2 faults are reported/],
-  ["an mpqemu server that closes one fd of a message", mpqemuTarget(true), /an fd is left open/],
+  ["a device that reports a fault elsewhere", device({ iommu: MovesFaults }), /is reported that was not/],
+  ["an mpqemu server that closes one fd of a message", mpqemuTarget({ leaks: true }), /an fd is left open/],
   // RAM, a table and three pins, each a message or two: about 650 bytes, and what is left over of a batch.
-  ["a crosvm-compatible function without a quota", crosvmTarget(true), /than the quota allows/, 1024],
+  [
+    "a crosvm-compatible function without a quota",
+    crosvmTarget({ quota: Number.POSITIVE_INFINITY }),
+    /than the quota allows/,
+    1024,
+  ],
+  [
+    "a crosvm-compatible function that reads a table before it is checked",
+    crosvmTarget({ Tracker: HastyTracker }),
+    /a guest ends its VM/,
+  ],
   ["a vhost-user session that keeps its fds", vhostUserTarget(true), /an fd is left open/],
 ];
 for (const [what, target, message, bytesMax = 160] of twins)

@@ -71,27 +71,30 @@ class Peer implements MessageSocket {
   }
 }
 
-/** What is under test, and how it is broken. */
-interface Parts {
-  readonly frontEnd: FrontEndName;
+/** What a broken twin replaces. */
+interface Broken {
   readonly leaks?: boolean;
-  readonly noQuota?: boolean;
+  readonly quota?: number;
+  readonly Tracker?: typeof Tracker;
+}
+interface Parts extends Broken {
+  readonly frontEnd: FrontEndName;
 }
 
-function serverFor(peer: Peer, { frontEnd, noQuota }: Parts, closeFd: (fd: number) => void) {
+function serverFor(peer: Peer, { frontEnd, ...broken }: Parts, closeFd: (fd: number) => void) {
   const limited = frontEnd === "crosvm";
   const clock = new FakeClock(0, 1e5);
   const memory = new GuestMemory();
   const pinner = new FakePinner();
   const file = new Uint8Array(FILE_SIZE);
-  const tracker = new Tracker({
+  const tracker = new (broken.Tracker ?? Tracker)({
     memory,
     pinner,
     iommu: new SoftwareIommu(createIommuBuffer(2 ** 20), clock),
     policy: createPolicy("lru"),
     clock,
     counters: counters(TRACKING_COUNTERS, countersBuffer(TRACKING_COUNTERS)),
-    quota: limited && !noQuota ? QUOTA : Number.POSITIVE_INFINITY,
+    quota: broken.quota ?? (limited ? QUOTA : Number.POSITIVE_INFINITY),
     beforeActivation: limited ? "none" : "bios",
   });
   const assigned = new Map([[0x20 as Bdf, 0]]);
@@ -168,7 +171,7 @@ function message(next: Next): Uint8Array {
 
 /** Where the BARs of the crosvm-compatible function lie, if the guest puts them there. */
 const SLOTS_AT = 0x10000;
-const command = (address: number, value: bigint, size: number): Uint8Array =>
+const barWrite = (address: number, value: bigint, size: number): Uint8Array =>
   items.encode(
     0,
     Uint8Array.of(
@@ -198,7 +201,7 @@ function allRam(): Uint8Array {
 
 /** What a driver of that function does, with numbers that are right more often than not. The table is one leaf. */
 function request(next: Next): Uint8Array {
-  const { dttRoot, command: control, dttLevel } = crosvm.CoiommuRegisters.fields;
+  const { dttRoot, command, dttLevel } = crosvm.CoiommuRegisters.fields;
   const gfn = BigInt(next(8) ? next(64) : next(2 ** 30));
   const bdf = next(8) ? 0x20n : BigInt(next(2 ** 16));
   const list = crosvm.PIN_PAGES_IN_BATCH | BigInt(4096 * next(70));
@@ -210,14 +213,14 @@ function request(next: Next): Uint8Array {
       return Uint8Array.of(
         ...(next(2) ? allRam() : []),
         ...mapSlots,
-        ...command(dttRoot.at, BigInt(4096 * next(66)), 8),
-        ...command(dttLevel.at, BigInt(next(8) ? 1 : next(8)), 8),
-        ...command(control.at, BigInt(next(8) ? 1 : next(6)), 8),
+        ...barWrite(dttRoot.at, BigInt(4096 * next(66)), 8),
+        ...barWrite(dttLevel.at, BigInt(next(8) ? 1 : next(8)), 8),
+        ...barWrite(command.at, BigInt(next(8) ? 1 : next(6)), 8),
       );
     default:
       return Uint8Array.of(
-        ...command(SLOTS_AT + crosvm.CoiommuSlot.size * slot, next(4) ? (gfn << 16n) | bdf : list, 8),
-        ...command(crosvm.COIOMMU_TRIGGERS + slot, 1n, 1),
+        ...barWrite(SLOTS_AT + crosvm.CoiommuSlot.size * slot, next(4) ? (gfn << 16n) | bdf : list, 8),
+        ...barWrite(crosvm.COIOMMU_TRIGGERS + slot, 1n, 1),
       );
   }
 }
@@ -231,7 +234,7 @@ const target = (name: string, parts: Parts, piece: Target["piece"]): Target => (
     itemsIn(input).map(({ kind, bytes }) => `${kind % FDS_MAX} fds: ${Buffer.from(bytes).toString("hex")}`),
 });
 
-export const mpqemuTarget = (leaks = false): Target =>
-  target("mpqemu", { frontEnd: "virtio-iommu", leaks }, message);
-export const crosvmTarget = (noQuota = false): Target =>
-  target("crosvm", { frontEnd: "crosvm", noQuota }, request);
+export const mpqemuTarget = (broken: Broken = {}): Target =>
+  target("mpqemu", { ...broken, frontEnd: "virtio-iommu" }, message);
+export const crosvmTarget = (broken: Broken = {}): Target =>
+  target("crosvm", { ...broken, frontEnd: "crosvm" }, request);

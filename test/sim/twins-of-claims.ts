@@ -2,6 +2,8 @@
 import type { Gfn } from "../../src/base/units.ts";
 import type { DmaAccess } from "../../src/memory/guest-memory.ts";
 import type { SharedWords } from "../../src/memory/shared-words.ts";
+import { CheckedTracker } from "../../src/sim/backend.ts";
+import type { TrackingCounters } from "../../src/tracking/counters.ts";
 import { DeviceGate, type IommuTable, SoftwareIommu } from "../../src/tracking/software-iommu.ts";
 import type { BrokenTwin } from "./twins.ts";
 
@@ -40,6 +42,20 @@ class StaleIommu extends SoftwareIommu {
   }
 }
 
+/** Takes every pinned frame for a claimed one when a device has faulted. */
+class GreedyTracker extends CheckedTracker {
+  readonly told: TrackingCounters;
+  constructor(...args: ConstructorParameters<typeof CheckedTracker>) {
+    super(...args);
+    this.told = args[0].counters;
+  }
+  override touched(gfn: Gfn, device: number): boolean {
+    const granted = super.touched(gfn, device);
+    this.told.framesClaimed = this.pinned;
+    return granted;
+  }
+}
+
 export const claimTwins: Readonly<Record<string, BrokenTwin>> = {
   "a gate that does not tell of DMA": {
     twin: { makeGate: (...args) => new BlindGate(...args) },
@@ -47,7 +63,12 @@ export const claimTwins: Readonly<Record<string, BrokenTwin>> = {
   },
   "a gate that tells of DMA by load and store": {
     twin: { makeGate: (...args) => new TornGate(...args) },
-    found: /never transferred|the IOMMU (allows|forbids)|the IOMMU allows frames|DMA fault|DMA to frame/,
+    found: /never transferred|the IOMMU (allows|forbids)|DMA fault|DMA to frame/,
+  },
+  "a host that counts what a device faulted on as claimed": {
+    twin: { backend: { makeTracker: (...args) => new GreedyTracker(...args) } },
+    found: /^the guest has claimed/,
+    settings: { faultCapable: true, hostile: false },
   },
   "a pin of a claimed frame that is not marked": {
     twin: { backend: { makeIommu: (...args) => new UnmarkedIommu(...args) } },

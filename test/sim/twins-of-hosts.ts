@@ -1,4 +1,5 @@
-import { FakeHost, HOST_BASE, PRESENT } from "../../src/sim/fake-host.ts";
+import { FRAME_SIZE } from "../../src/base/units.ts";
+import { FakeHost, frameAt } from "../../src/sim/fake-host.ts";
 import type { Settings } from "../../src/sim/settings.ts";
 import type { BrokenTwin } from "./twins.ts";
 
@@ -16,9 +17,16 @@ class HoardingHost extends FakeHost {
 class StrayHost extends FakeHost {
   override pin(...[addresses, ...others]: Parameters<FakeHost["pin"]>): void {
     super.pin(
-      addresses.map((address) => address + 64 * 4096),
+      addresses.map((address) => address + 64 * FRAME_SIZE),
       ...others,
     );
+  }
+}
+
+/** Says that a page is pinned, and pins none. */
+class PromisingHost extends FakeHost {
+  override pin(_addresses: Float64Array, count: number, handles: Int32Array): void {
+    for (let i = 0; i < count; i++) handles[i] = i;
   }
 }
 
@@ -26,9 +34,7 @@ class StrayHost extends FakeHost {
 class SplittingHost extends FakeHost {
   override pin(...args: Parameters<FakeHost["pin"]>): void {
     const [addresses, count] = args;
-    const rest = new Set(
-      [...addresses.subarray(0, count)].map((address) => ((address % PRESENT) - HOST_BASE) / 4096),
-    );
+    const rest = new Set([...addresses.subarray(0, count)].map(frameAt));
     for (const { gfn, handle } of [...this.pages])
       if (rest.has(gfn) && !this.#early.has(handle)) {
         super.release(Int32Array.of(handle), 1);
@@ -64,6 +70,17 @@ export const hostTwins: Readonly<Record<string, BrokenTwin>> = {
   "a batch of pins that fails half way and keeps what it has": {
     twin: { backend: { makeHost: (...args) => new HoardingHost(...args) } },
     found: /PIN was refused|the host holds/,
+  },
+  "a PIN that is granted and pins nothing": {
+    twin: { backend: { makeHost: (...args) => new PromisingHost(...args) } },
+    found: /^PIN of frame \d+ is OK, but it is not held/,
+    settings: { beforeActivation: "none", faultCapable: false },
+  },
+  "a fault that is granted and pins nothing": {
+    twin: { backend: { makeHost: (...args) => new PromisingHost(...args) } },
+    found: /^a fault on frame \d+ is granted, but it is not held/,
+    // Devices are at work before a driver asks for anything.
+    settings: { beforeActivation: "none", driverComes: 2, faultCapable: true },
   },
   "a pin of the wrong page": {
     twin: { backend: { makeHost: (...args) => new StrayHost(...args) } },

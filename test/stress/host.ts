@@ -32,8 +32,11 @@ const region = (({ hostAddress, ...others }) => ({ hostAddress, presentAddress: 
 );
 const memory = new GuestMemory();
 
-/** By handle, the frames of a pin; and how many pins a frame has: two while an extent is split. */
-const pins: number[][] = [];
+/** By handle, the frames of a pin. */
+const pins = new Map<number, readonly number[]>();
+let nextHandle = 0;
+/** Two while an extent is split. */
+const PINS_MAX = 2;
 const pinsOf = new Int32Array(RAM / 4096);
 const pinner: Pinner = {
   name: "shared words",
@@ -42,20 +45,22 @@ const pinner: Pinner = {
     for (let i = 0; i < count; i++) {
       const first = (addresses[i]! - region.hostAddress) / 4096;
       const frames = Array.from({ length: (lengths?.[i] ?? 4096) / 4096 }, (_, page) => first + page);
-      handles[i] = pins.push(frames) - 1;
+      handles[i] = nextHandle++;
+      pins.set(handles[i]!, frames);
       for (const gfn of frames)
-        if (++pinsOf[gfn]! === 1 && memory.add32(heldWord(gfn), 1) % 2)
-          throw new Error(`frame ${gfn} is pinned twice`);
+        if (++pinsOf[gfn]! === 1) memory.add32(heldWord(gfn), 1);
+        else if (pinsOf[gfn]! > PINS_MAX) throw new Error(`frame ${gfn} is pinned ${pinsOf[gfn]} times`);
     }
   },
   pinExtent() {
     throw new Error("nothing is pinned statically here");
   },
   release(handles, count) {
-    for (let i = 0; i < count; i++)
-      for (const gfn of pins[handles[i]!]!)
-        if (--pinsOf[gfn]! === 0 && memory.add32(heldWord(gfn), 1) % 2 === 0)
-          throw new Error(`frame ${gfn} is released twice`);
+    for (const handle of handles.subarray(0, count)) {
+      const frames = pins.get(handle);
+      if (!pins.delete(handle)) throw new Error(`handle ${handle} is released twice`);
+      for (const gfn of frames!) if (--pinsOf[gfn]! === 0) memory.add32(heldWord(gfn), 1);
+    }
     return count;
   },
   discarded: (_addresses, count, out) => void out.fill(0, 0, count),

@@ -8,6 +8,7 @@ import { descTableSize } from "../../src/wire/virtqueue.ts";
 import { eventually } from "../support/eventually.ts";
 import { type Twin, writeTwins } from "./broken-modules.ts";
 import { bootedVm } from "./support.ts";
+import { blockDevice } from "./user-qemu.ts";
 
 /** The module's line for a fault of our disk: access, address, reason. */
 const LOGGED = /DMA fault of 0000:00:04\.0: (read|write) of (0x[0-9a-f]+): (.+)$/gm;
@@ -102,7 +103,7 @@ test("real faults of a guest's mistakes have their reason, address and access in
     const { agent } = vm.qemu;
     const script = `set -e
 modprobe coiommu remap=all twin=1; modprobe virtio_pci; modprobe virtio_blk
-i=0; while [ ! -b /dev/vda ]; do i=$((i+1)); [ $i -lt 100 ] || exit 1; usleep 50000; done
+${blockDevice("vda")}
 ${SOUND}`;
     await demand(agent, script, "loading the drivers");
     assert.deepEqual(await agreed(vm, 0), [0, 0, 0]);

@@ -1,33 +1,35 @@
-
 /*
  * Appended to the module: a driver that claims pages for the assigned disk's
  * DMA, through the kernel's own API, and gives none of them to the disk. It
- * leaves some behind that are pinned and not mapped any more.
+ * leaves HOARD_IDLE behind that are pinned and not mapped any more.
  */
 #include <linux/dma-mapping.h>
 #include <linux/gfp.h>
 #include <linux/moduleparam.h>
 #include <linux/pci.h>
 
-#define HOARD_IDLE	100
-
 static unsigned long hoarded, hoard_refused;
 
 static int hoard_set(const char *value, const struct kernel_param *kp)
 {
-	struct pci_dev *disk = pci_get_domain_bus_and_slot(0, 0, PCI_DEVFN(4, 0));
 	unsigned long wanted, i;
+	struct pci_dev *disk;
 	int ret;
 
 	ret = kstrtoul(value, 0, &wanted);
-	if (ret || !disk)
-		return ret ?: -ENODEV;
+	if (ret)
+		return ret;
+	disk = pci_get_domain_bus_and_slot(0, 0, PCI_DEVFN(4, 0));
+	if (!disk)
+		return -ENODEV;
 	for (i = 0; i < wanted + HOARD_IDLE; i++) {
 		struct page *page = alloc_page(GFP_KERNEL);
 		dma_addr_t address;
 
-		if (!page)
-			return -ENOMEM;
+		if (!page) {
+			ret = -ENOMEM;
+			break;
+		}
 		address = dma_map_page(&disk->dev, page, 0, PAGE_SIZE, DMA_BIDIRECTIONAL);
 		if (dma_mapping_error(&disk->dev, address))
 			hoard_refused++;
@@ -37,7 +39,7 @@ static int hoard_set(const char *value, const struct kernel_param *kp)
 			hoarded++;
 	}
 	pci_dev_put(disk);
-	return 0;
+	return ret;
 }
 
 static const struct kernel_param_ops hoard_ops = { .set = hoard_set };

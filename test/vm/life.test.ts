@@ -1,8 +1,7 @@
 /** A guest's whole life: no driver, a late one, one that goes, resets, kexec, and firmware that uses the disk. */
 import assert from "node:assert/strict";
 import { execFileSync } from "node:child_process";
-import { closeSync, mkdtempSync, openSync, readFileSync, rmSync, writeFileSync, writeSync } from "node:fs";
-import { tmpdir } from "node:os";
+import { closeSync, openSync, readFileSync, writeFileSync, writeSync } from "node:fs";
 import { join } from "node:path";
 import { type TestContext, test } from "node:test";
 import { setTimeout as sleep } from "node:timers/promises";
@@ -18,6 +17,7 @@ import { FRONT_ENDS } from "../../src/virtio/front-end.ts";
 import { eventually } from "../support/eventually.ts";
 import { bootImage, SAYS_DONE, writtenSum } from "./boot-sector.ts";
 import { bootedVm, comesUpAgain, INTERVAL_MS, pinnedPages, startedVm, twoPasses } from "./support.ts";
+import { blockDevice, scratch } from "./user-qemu.ts";
 
 const lifeOf = ({ pins }: Vm) => LIVES[pins.life];
 const TRACKED = "modprobe coiommu";
@@ -28,8 +28,7 @@ const bindDisk = (agent: GuestAgent) =>
     `echo ${DISK} >/sys/bus/pci/drivers/virtio-pci/bind; ${untilDisk}`,
     "binding the disk's driver",
   );
-const untilDisk =
-  "i=0; while [ ! -b /dev/vda ] && [ $i -lt 200 ]; do i=$((i+1)); usleep 50000; done; [ -b /dev/vda ]";
+const untilDisk = blockDevice("vda");
 const UNTRACKED = `modprobe virtio_pci; modprobe virtio_blk; ${untilDisk}`;
 
 /** fio writes and checks what it wrote, and no DMA faults. */
@@ -187,12 +186,6 @@ function kexecDisk(folder: string, { kernel, initrd }: { kernel: string; initrd:
   writeSync(fd, new Uint8Array(1), 0, 1, (at + 16) * 2 ** 20 - 1);
   closeSync(fd);
   return { file, copy: copy.join("; ") };
-}
-
-function scratch(t: TestContext): string {
-  const folder = mkdtempSync(join(tmpdir(), "coiommu-life-"));
-  t.after(() => rmSync(folder, { recursive: true }));
-  return folder;
 }
 
 test("kexec: the next kernel uses the disk untracked, and then tracked", async (t) => {

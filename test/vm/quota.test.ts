@@ -8,6 +8,8 @@ import { FRONT_ENDS } from "../../src/virtio/front-end.ts";
 import { bootedVm, pinnedPages } from "./support.ts";
 
 const QUOTA = 400;
+/** Frames of a request of fio's, without its header. */
+const REQUEST = 16;
 
 for (const frontEnd of FRONT_ENDS)
   test(`at its quota a guest finds room by unpinning, or waits; the quota is never passed and nothing is lost: ${frontEnd}`, async (t) => {
@@ -24,6 +26,7 @@ for (const frontEnd of FRONT_ENDS)
     t.diagnostic(JSON.stringify(seen));
     assert.deepEqual([written.verified, written.errors, vm.disk.faults], [true, 0, 0]);
     assert.ok(framesPeak <= quota && kernelPagesPeak - before <= quota, "the host never gives more");
+    assert.ok(framesPeak > quota - 2 * REQUEST, "it comes as near to its quota as a request");
     assert.ok(framesPinned > quota && framesUnpinned > 0, "it wanted more, and got it by and by");
     const { pin_refused, underflow } = await readCounters(vm.qemu.agent);
     // A quick disk has done so much by then that room is found each time.

@@ -14,14 +14,14 @@ import { bootedVm } from "./support.ts";
 
 const QUOTA = 400;
 const WANTED = 1000;
-/** As in hoard.c. */
 const IDLE = 100;
 const PARAMETERS = "/sys/module/coiommu/parameters";
 
 /** A guest whose module has a driver in it that hoards. */
 function selfishGuest(t: TestContext) {
   const sources = writeTwins(t, []);
-  appendFileSync(`${sources}/main.c`, readFileSync(new URL("./hoard.c", import.meta.url)));
+  const hoard = readFileSync(new URL("./hoard.c", import.meta.url), "utf8");
+  appendFileSync(`${sources}/main.c`, `\n#define HOARD_IDLE ${IDLE}\n${hoard}`);
   return ensureGuest((text) => t.diagnostic(text), sources);
 }
 

@@ -6,7 +6,7 @@ import { ensureGuest } from "../../src/machine/qemu/guest.ts";
 import { parseFioWorkload } from "../../src/machine/workload-text.ts";
 import { FRONT_ENDS } from "../../src/virtio/front-end.ts";
 import { eventually } from "../support/eventually.ts";
-import { bootedVm, pinnedPages, twoPasses } from "./support.ts";
+import { bootedVm, comesUpAgain, pinnedPages, twoPasses } from "./support.ts";
 
 for (const frontEnd of FRONT_ENDS)
   test(`a guest's disk is pinned precisely, unpinned lazily, and loses nothing: ${frontEnd}`, async (t) => {
@@ -85,16 +85,7 @@ for (const frontEnd of FRONT_ENDS)
     assert.ok(before.framesNow > 0);
     await qmp.execute("set-action", { reboot: "reset" });
     await qmp.execute("system_reset");
-    const up = () =>
-      agent
-        .run("[ ! -e /sys/module/coiommu ]", { timeoutMs: 2000, what: "asking whether it is up again" })
-        .then(
-          ({ code }) => code === 0,
-          () => false,
-        );
-    let again = false;
-    for (let tries = 0; !again && tries < 30; tries++) again = await up();
-    assert.ok(again, "the guest has not come up again");
+    await comesUpAgain(agent);
     assert.ok(vm.pins.framesFirmware > before.framesFirmware, "firmware has its window again");
     assert.ok(
       vm.pins.framesUnpinned - before.framesUnpinned >= before.framesNow,
