@@ -8,10 +8,12 @@ import { extents } from "./extents.ts";
 import { hotPath } from "./hot-path.ts";
 import { pass } from "./pass.ts";
 import { policies } from "./policies.ts";
+import { policiesLive } from "./policies-live.ts";
 import * as reports from "./reports.ts";
 
 const USAGE = `usage: npm run bench -- hot-path|extents|pass [--rounds N] [--json FILE]
-       npm run bench -- policies [WORKLOAD…] [--logs FOLDER (kept, and replayed if there)] [--json FILE]`;
+       npm run bench -- policies [WORKLOAD…] [--logs FOLDER (kept, and replayed if there)] [--json FILE]
+       npm run bench -- policies-live [WORKLOAD…] [--json FILE]`;
 
 const { positionals, values } = parseArgs({
   allowPositionals: true,
@@ -25,7 +27,8 @@ const machine: reports.Machine = {
   node: process.version,
   v8: process.versions.v8,
 };
-if (!(Number.isInteger(rounds) && rounds > 0) || (more.length > 0 && name !== "policies")) wrongUsage();
+if (!(Number.isInteger(rounds) && rounds > 0) || (more.length > 0 && !name?.startsWith("policies")))
+  wrongUsage();
 const say = console.error;
 switch (name) {
   case "hot-path":
@@ -39,6 +42,9 @@ switch (name) {
     break;
   case "policies":
     tell({ ...(await policies(values.logs ?? results("logs"), more, say)), machine }, reports.policies);
+    break;
+  case "policies-live":
+    tell({ ...(await policiesLive(more, say)), machine }, reports.policiesLive);
     break;
   default:
     wrongUsage();

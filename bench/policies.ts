@@ -14,10 +14,10 @@ import { Optimal } from "../src/replay/optimal.ts";
 import { replay } from "../src/replay/replay.ts";
 import { readTrace, type Trace } from "../src/replay/trace.ts";
 
-const BIN = fileURLToPath(new URL("../bin/coiommu.js", import.meta.url));
+export const BIN = fileURLToPath(new URL("../bin/coiommu.js", import.meta.url));
 
 /** What is recorded, on which machine, with which memory. */
-const WORKLOADS: Readonly<Record<string, readonly string[]>> = {
+export const WORKLOADS: Readonly<Record<string, readonly string[]>> = {
   "fio-randread": ["--machine", "embedded", "--workload", "fio:rw=randread,bs=4k,iodepth=32,seconds=20"],
   "fio-randwrite": ["--machine", "embedded", "--workload", "fio:rw=randwrite,bs=4k,iodepth=32,seconds=20"],
   "fio-read": ["--machine", "embedded", "--workload", "fio:rw=read,bs=128k,iodepth=8,seconds=20"],
@@ -37,7 +37,7 @@ const INTERVALS: Readonly<Record<string, IntervalChoice>> = {
   "3s": milliseconds(3000),
   adaptive: ADAPTIVE_BOUNDS,
 };
-const POLICIES = ["lru", "generations", "clock", "working-set", "off"] as const;
+export const POLICIES = ["lru", "generations", "clock", "working-set", "off"] as const;
 
 export interface Point {
   readonly policy: string;

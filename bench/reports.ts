@@ -6,6 +6,7 @@ import type { HotPathCase } from "./hot-path.ts";
 import type { Distribution, PassReport } from "./pass.ts";
 import { barPlot, pointPlot } from "./plot.ts";
 import type { PoliciesReport, PolicyWorkload } from "./policies.ts";
+import type { LiveReport } from "./policies-live.ts";
 
 export interface Machine {
   readonly cpu: string;
@@ -117,6 +118,25 @@ export function policies({ workloads }: PoliciesReport): Written {
     text: texts.join("\n"),
     plots: Object.fromEntries(workloads.map((w) => [`policies-${w.name}.svg`, paretoOf(w)])),
   };
+}
+
+export function policiesLive({ runs }: LiveReport): Written {
+  const rows = table(
+    "workload",
+    "policy",
+    "exits / 1,000 maps",
+    "after 1 s",
+    "mean MiB",
+    "peak MiB",
+    "I/O per s",
+    "wrong",
+  );
+  for (const r of runs)
+    rows.push([
+      ...[r.workload, r.policy, figure(r.per1000), figure(r.steadyPer1000)],
+      ...[figure(r.meanMiB), figure(r.peakMiB), figure(r.iops), r.wrong],
+    ]);
+  return { text: `one run each, live\n${rows}`, plots: {} };
 }
 
 function paretoOf({ name, workload, seconds, points, optimal }: PolicyWorkload): string {

@@ -74,10 +74,17 @@ function memlock(): Check {
       };
 }
 
-/** Not used yet, and no reason to fail. */
+/** No reason to fail. */
 function optionalParts(): Check[] {
   const groups = existsSync("/dev/vfio") ? readdirSync("/dev/vfio").filter((name) => /^\d+$/.test(name)) : [];
+  const pressure = "/proc/pressure/memory";
   return [
+    {
+      name: "PSI",
+      ok: existsSync(pressure),
+      detail: existsSync(pressure) ? `${pressure}, for --policy pressure` : "this kernel says no memory pressure",
+      fix: null,
+    },
     {
       name: "VFIO",
       ok: groups.length > 0,

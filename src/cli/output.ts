@@ -77,6 +77,7 @@ const ROWS: readonly Row[] = [
     label: "exits for them per 1,000 mappings, after 1 s",
     of: (r) => perMapping(r, r.steady?.exits ?? null),
   },
+  { label: "frames that came back soon", of: (r) => r.pins.framesCameBack },
   { label: "pin requests refused", of: (r) => r.pins.refused, sum: true },
   { label: "DMA faults", of: (r) => r.dma.faults, sum: true },
   { label: "I/O errors", of: (r) => r.workload.errors, sum: true },
