@@ -82,7 +82,9 @@ function optionalParts(): Check[] {
     {
       name: "PSI",
       ok: existsSync(pressure),
-      detail: existsSync(pressure) ? `${pressure}, for --policy pressure` : "this kernel says no memory pressure",
+      detail: existsSync(pressure)
+        ? `${pressure}, for --policy pressure`
+        : "this kernel says no memory pressure",
       fix: null,
     },
     {

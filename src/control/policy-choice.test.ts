@@ -3,13 +3,9 @@ import { mkdtempSync, rmSync, writeFileSync } from "node:fs";
 import { tmpdir } from "node:os";
 import path from "node:path";
 import test, { type TestContext } from "node:test";
-import { active, idle } from "../../test/support/machine.ts";
-import { type Gfn, milliseconds, type Nanoseconds } from "../base/units.ts";
-import { counters, countersBuffer } from "../memory/counters.ts";
+import type { Gfn, Nanoseconds } from "../base/units.ts";
 import { GfnBuffer } from "../policy/policy.ts";
-import { TRACKING_COUNTERS } from "../tracking/tracker.ts";
 import { choosePolicy } from "./policy-choice.ts";
-import { Unpinning } from "./unpinning.ts";
 
 function fileWith(t: TestContext, text: string): string {
   const folder = mkdtempSync(path.join(tmpdir(), "coiommu-policy-"));
@@ -75,28 +71,3 @@ test("a file that is not there, and pressure that cannot be read, are wrong usag
   });
   assert.throws(() => choosePolicy("pressure,file=/nowhere"), { exitCode: 2, message: /ENOENT.*CONFIG_PSI/ });
 });
-
-for (const method of ["pinned", "tried", "candidates"])
-  test(`a policy of a file that throws in ${method}() is told once, and lru takes its place`, (t) => {
-    const methods = ["pinned", "tried", "candidates"].map((m) =>
-      m === method
-        ? `${m}() { throw new Error("my mistake"); }`
-        : m === "candidates"
-          ? "candidates(_: number, __: object, out: { push(gfn: number): void }) { for (let i = 0; i < 3; i++) out.push(i); }"
-          : `${m}() {}`,
-    );
-    const file = fileWith(t, entry(`return { ${methods} };`));
-    const warnings: string[] = [];
-    const shared = counters(TRACKING_COUNTERS, countersBuffer(TRACKING_COUNTERS));
-    const options = { policy: file, interval: milliseconds(1) };
-    const unpinning = new Unpinning(options, shared, 0 as Nanoseconds, (warning) => warnings.push(warning));
-    const m = active({ ...unpinning.ofTracker, counters: shared });
-    idle(m, 1, 2);
-    for (let slice = 1; slice < 40; slice++) {
-      m.clock.time += milliseconds(1);
-      unpinning.work(m.tracker, m.clock);
-    }
-    assert.equal(warnings.length, 1);
-    assert.match(warnings[0]!, /mine\.ts has failed, and policy lru takes its place: Error: my mistake/);
-    assert.deepEqual([m.tracker.policy.name, m.tracker.pinned], ["lru", 0]);
-  });
