@@ -13,9 +13,7 @@ export default definePolicy({
     const frames = new FrameQueues();
     return {
       pinned: (gfn, now) => frames.add(gfn, now),
-      tried(gfn, outcome, now) {
-        if (!frames.leaves(gfn, outcome)) frames.move(gfn, now);
-      },
+      tried: (gfn, outcome, now) => frames.tried(gfn, outcome, now),
       candidates(now, { framesMax }, out) {
         frames.give(out, framesMax, now - milliseconds(values.for));
       },

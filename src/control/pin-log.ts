@@ -1,5 +1,5 @@
 import type { Gfn, Nanoseconds } from "../base/units.ts";
-import type { Claim } from "../policy/policy.ts";
+import { type Claim, isGone } from "../policy/policy.ts";
 import type { PinObserver } from "../tracking/pins.ts";
 import { EventLogWriter } from "../wire/event-log.ts";
 
@@ -15,7 +15,7 @@ export class PinLog implements PinObserver {
     this.#log.addFrame(gfn, "pinned", now);
   }
   tried(gfn: Gfn, outcome: Claim, now: Nanoseconds): void {
-    if (outcome === "claimed" || outcome === "gone") this.#log.addFrame(gfn, "unpinned", now);
+    if (isGone(outcome)) this.#log.addFrame(gfn, "unpinned", now);
   }
   flush(): void {
     this.#log.flush();

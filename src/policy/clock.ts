@@ -15,9 +15,7 @@ export const clock = definePolicy({
     let left = 0;
     return {
       pinned: (gfn, now) => frames.add(gfn, now),
-      tried(gfn, outcome, now) {
-        if (!frames.leaves(gfn, outcome)) frames.move(gfn, now);
-      },
+      tried: (gfn, outcome, now) => frames.tried(gfn, outcome, now),
       candidates(now, { framesMax }, out) {
         if (now !== pass) left = Math.ceil(frames.size() / values.passes);
         pass = now;

@@ -1,6 +1,6 @@
 import { FrameIndex, grown } from "../base/frame-index.ts";
 import type { Gfn, Nanoseconds } from "../base/units.ts";
-import type { Claim, GfnBuffer } from "./policy.ts";
+import { type Claim, type GfnBuffer, isGone } from "./policy.ts";
 
 /** Links are ids + 1, so that a zeroed array is an empty list. */
 const NONE = 0;
@@ -68,12 +68,13 @@ export class FrameQueues {
     this.#append(id, now, queue);
   }
 
-  /** Forget a frame that a try has found gone. False: it is still here. */
-  leaves(gfn: Gfn, outcome: Claim): boolean {
-    if (!this.has(gfn)) return true;
-    if (outcome !== "claimed" && outcome !== "gone") return false;
-    this.remove(gfn);
-    return true;
+  /** What most policies do after a try: forget a frame that is gone, and put any other to the end of its queue. */
+  tried(gfn: Gfn, outcome: Claim, now: Nanoseconds): void {
+    const id = this.#frames.find(gfn);
+    if (id < 0) return;
+    this.#unlink(id);
+    if (isGone(outcome)) this.#frames.remove(gfn);
+    else this.#append(id, now, this.#queue[id]!);
   }
 
   remove(gfn: Gfn): void {

@@ -1,7 +1,7 @@
 import type { Nanoseconds } from "../base/units.ts";
 import { FrameQueues } from "./frame-queues.ts";
 import { count } from "./parameters.ts";
-import { definePolicy } from "./policy.ts";
+import { definePolicy, isGone } from "./policy.ts";
 
 const YOUNG = 0;
 const OLD = 1;
@@ -26,7 +26,8 @@ export const generations = definePolicy({
       state: () => ({ young: frames.size(YOUNG), old: frames.size(OLD) }),
       pinned: (gfn, now) => frames.add(gfn, now, YOUNG),
       tried(gfn, outcome, now) {
-        if (frames.leaves(gfn, outcome)) return;
+        if (!frames.has(gfn)) return;
+        if (isGone(outcome)) return frames.remove(gfn);
         const busy = outcome === "refused" ? frames.count(gfn) : frames.count(gfn) + 1;
         frames.setCount(gfn, busy);
         frames.move(gfn, now, values.threshold > 0 && busy >= values.threshold ? OLD : YOUNG);

@@ -14,9 +14,7 @@ export const lru = definePolicy({
     const frames = new FrameQueues();
     return {
       pinned: (gfn, now) => frames.add(gfn, now),
-      tried(gfn, outcome, now) {
-        if (!frames.leaves(gfn, outcome)) frames.move(gfn, now);
-      },
+      tried: (gfn, outcome, now) => frames.tried(gfn, outcome, now),
       candidates: (now, { framesMax }, out) => void frames.give(out, framesMax, now),
     };
   },

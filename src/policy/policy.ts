@@ -92,3 +92,6 @@ export interface PolicyEntry<P extends Parameters = Parameters> {
 
 /** Types `create` by the parameters. */
 export const definePolicy = <const P extends Parameters>(entry: PolicyEntry<P>): PolicyEntry<P> => entry;
+
+/** Whether a frame that was tried is not pinned any more. */
+export const isGone = (outcome: Claim): boolean => outcome === "claimed" || outcome === "gone";

@@ -25,9 +25,7 @@ export const pressure = definePolicy({
       state: () => ({ pressure: seen }),
       pressureFile: () => values.file,
       pinned: (gfn, now) => frames.add(gfn, now),
-      tried(gfn, outcome, now) {
-        if (!frames.leaves(gfn, outcome)) frames.move(gfn, now);
-      },
+      tried: (gfn, outcome, now) => frames.tried(gfn, outcome, now),
       candidates(now, limit, out) {
         seen = limit.pressure;
         if (now !== pass) left = Math.ceil(frames.size() * hardness(seen, values));

@@ -40,10 +40,7 @@ export const workingSet = definePolicy({
       },
       tried(gfn, outcome, now) {
         if (!frames.has(gfn) || frames.queue(gfn) === GHOSTS) return;
-        if (outcome !== "claimed") {
-          if (!frames.leaves(gfn, outcome)) frames.move(gfn, now, PINNED);
-          return;
-        }
+        if (outcome !== "claimed") return frames.tried(gfn, outcome, now);
         const idleSince = frames.since(gfn);
         frames.move(gfn, idleSince, GHOSTS);
         if (frames.size(GHOSTS) > values.ghosts) frames.remove(frames.oldest(GHOSTS)!);
