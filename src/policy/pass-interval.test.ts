@@ -25,11 +25,11 @@ test("a fixed interval stays what it is", () => {
   assert.equal(interval.now, milliseconds(300));
 });
 
-test("an adaptive one begins at a second, shortens while passes find much, and not below its least", () => {
+test("an adaptive one begins at 300 ms, shortens while passes find much, and not below its least", () => {
   const interval = new PassInterval(bounds);
-  assert.equal(ms(interval), 1000);
+  assert.equal(ms(interval), 300);
   pass(interval, 0, 50);
-  assert.ok(ms(interval) < 1000);
+  assert.ok(ms(interval) < 300);
   for (let i = 1; i < 20; i++) pass(interval, 100 * i, 50);
   assert.equal(interval.now, bounds.min);
 });
@@ -66,32 +66,32 @@ test("frames that come back late are no reason to lengthen", () => {
 test("between the two it stays: little was found, or as many came back as may", () => {
   const interval = new PassInterval(bounds);
   for (let i = 0; i < 10; i++) pass(interval, i, 5);
-  assert.equal(ms(interval), 1000);
+  assert.equal(ms(interval), 300);
   pass(interval, 1000, 0);
   for (let i = 1; i < 10; i++) {
     for (const gfn of frames(0, 40)) interval.tried(gfn, "claimed", milliseconds(1000 * i));
-    comeBack(interval, 1000 * i + 50, 40);
+    comeBack(interval, 1000 * i + 50, 15);
     interval.passEnded(milliseconds(1000 * i + 1000), 0);
   }
-  assert.equal(ms(interval), 1000);
+  assert.equal(ms(interval), 300);
 });
 
 test("passes that take more than a tenth of the backend's time lengthen it", () => {
   const interval = new PassInterval(bounds);
-  pass(interval, 0, 50, milliseconds(110));
-  assert.equal(ms(interval), 1500);
-  pass(interval, 2000, 5, milliseconds(110));
-  assert.equal(ms(interval), 1500);
+  pass(interval, 0, 50, milliseconds(31));
+  assert.equal(ms(interval), 450);
+  pass(interval, 2000, 5, milliseconds(31));
+  assert.equal(ms(interval), 450);
 });
 
-test("while passes find little, a short one goes back to a second by and by, and a long one stays", () => {
+test("while passes find little, a short one goes back to where it began by and by, and a long one stays", () => {
   const interval = new PassInterval(bounds);
   for (let i = 0; i < 20; i++) pass(interval, 100 * i, 50);
   const times = Array.from({ length: 150 }, (_, i) => {
     pass(interval, 10_000 + 1000 * i, 0);
     return ms(interval);
   });
-  assert.deepEqual([times[0], times[1], times.at(-1)], [102, 104, 1000]);
+  assert.deepEqual([times[0], times[1], times.at(-1)], [102, 104, 300]);
   const long = new PassInterval(milliseconds(3000));
   long.choose(bounds);
   pass(long, 0, 0);

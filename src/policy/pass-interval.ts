@@ -9,25 +9,27 @@ export const ADAPTIVE_BOUNDS = { min: milliseconds(100), max: milliseconds(10_00
 
 /** Unpinned frames that are remembered. */
 const GHOSTS_MAX = 65_536;
-/** A frame that is asked for within so many intervals of its unpin came back soon: it should have stayed. */
-const SOON = 4;
 /**
  * Requests for frames that came back soon, in a second: with more the interval is too short, with less than half of it a
- * shorter one may be tried. An exit costs the guest some 10 us, so this is less than 0.1 % of a CPU.
+ * shorter one may be tried. An exit costs the guest some 10 us, so this is far below 0.1 % of a CPU.
  */
-const PRICE = 50;
+const PRICE = 20;
 /** Of what was tried, the part that was idle; with more, there was much to find, and earlier is better. */
 const MUCH = 0.1;
 /** Of the backend's time, what passes may take. */
 const SHARE = 0.1;
 const STEP = 1.5;
 /** To where an interval goes back by and by while passes find little: what it is at first. */
-const REST = milliseconds(1000);
+const REST = milliseconds(300);
 const DRIFT = 1.02;
 
 /**
  * When the next unpin pass is due. An adaptive interval shortens after a pass that found much, and lengthens while frames
  * that come back soon make the guest leave too often, or when passes take too much of the backend's time.
+ *
+ * Soon is within an interval of the unpin. An unpinned frame had been idle for one or two of them: if it stays away for as
+ * long again, to keep it would have cost as much as was lost on it, as with skis that one rents or buys (Karlin et al.,
+ * Competitive Snoopy Caching, 1988); if it comes back earlier, it should have stayed.
  */
 export class PassInterval implements Pick<UnpinPolicy, "pinned" | "tried"> {
   readonly #ghosts = new FrameQueues();
@@ -63,7 +65,7 @@ export class PassInterval implements Pick<UnpinPolicy, "pinned" | "tried"> {
 
   pinned(gfn: Gfn, now: Nanoseconds): void {
     if (!this.#ghosts.has(gfn)) return;
-    if (now - this.#ghosts.since(gfn) <= SOON * this.#now) {
+    if (now - this.#ghosts.since(gfn) <= this.#now) {
       this.cameBack++;
       // All frames of a request are pinned at one moment.
       if (now !== this.#requested) this.#requests++;
