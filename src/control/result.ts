@@ -61,7 +61,7 @@ export interface RunResult {
     readonly framesFirmware: number | null;
     /** Pinned because a fault-capable device touched them. */
     readonly framesFaulted: number | null;
-    /** Unpinned, and asked for again within a few passes. */
+    /** Unpinned, and asked for again within an interval between passes. */
     readonly framesCameBack: number | null;
     readonly framesSpeculative: null;
     readonly framesPeak: number;

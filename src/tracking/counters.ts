@@ -38,7 +38,7 @@ export const TRACKING_COUNTERS = [
   "startedAt",
   "kernelPagesPeak",
   "passes",
-  /** Frames that were unpinned, and asked for again within a few passes. */
+  /** Frames that were unpinned, and asked for again within an interval between passes. */
   "framesCameBack",
   /** Frames that the last complete pass found mapped. */
   "framesMapped",

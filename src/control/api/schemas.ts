@@ -156,7 +156,7 @@ const Tracking = exactly({
   framesMapped: nullable(Count),
   framesCameBack: {
     ...nullable(Count),
-    description: "Frames that were unpinned, and asked for again within a few passes",
+    description: "Frames that were unpinned, and asked for again within an interval between passes",
   },
   passes: nullable(Count),
 });
