@@ -84,8 +84,16 @@ export class FrameQueues {
 
   /** The frame that is longest in `queue`. */
   oldest(queue = 0): Gfn | undefined {
-    const link = this.#oldest[queue]!;
-    return link === NONE ? undefined : this.#frames.gfn(link - 1);
+    return this.#linked(this.#oldest[queue]!);
+  }
+
+  /** The frame that came into the queue of `gfn` next. */
+  after(gfn: Gfn): Gfn | undefined {
+    return this.#linked(this.#next[this.#frames.find(gfn)]!);
+  }
+  /** The one that had come before. */
+  before(gfn: Gfn): Gfn | undefined {
+    return this.#linked(this.#previous[this.#frames.find(gfn)]!);
   }
 
   /** Append to `out` up to `framesMax` frames that are in `queue` since before `before`, the longest first: so many. */
@@ -97,6 +105,10 @@ export class FrameQueues {
       link = this.#next[link - 1]!;
     }
     return n;
+  }
+
+  #linked(link: number): Gfn | undefined {
+    return link === NONE ? undefined : this.#frames.gfn(link - 1);
   }
 
   #append(id: number, now: Nanoseconds, queue: number): void {

@@ -106,3 +106,15 @@ test("new bounds hold at once, and an adaptive one goes on from where a fixed on
   interval.choose(bounds);
   assert.equal(interval.now, bounds.min);
 });
+
+test("frames that are pinned unasked, and used then, have come back without a request: that is no price", () => {
+  const interval = new PassInterval(bounds);
+  for (let i = 0; i < 20; i++) {
+    pass(interval, 1000 * i, 80);
+    for (const gfn of frames(0, 80)) {
+      interval.pinned(gfn, milliseconds(1000 * i + 50), true);
+      if (gfn % 2 === 0) interval.used(gfn);
+    }
+  }
+  assert.deepEqual([interval.now, interval.cameBack], [bounds.min, 0]);
+});

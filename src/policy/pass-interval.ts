@@ -63,14 +63,20 @@ export class PassInterval implements Pick<UnpinPolicy, "pinned" | "tried"> {
     else this.#bound(this.#now || REST);
   }
 
-  pinned(gfn: Gfn, now: Nanoseconds): void {
-    if (!this.#ghosts.has(gfn)) return;
+  /** `unasked`: without a request, which would be the price. */
+  pinned(gfn: Gfn, now: Nanoseconds, unasked = false): void {
+    if (unasked || !this.#ghosts.has(gfn)) return;
     if (now - this.#ghosts.since(gfn) <= this.#now) {
       this.cameBack++;
       // All frames of a request are pinned at one moment.
       if (now !== this.#requested) this.#requests++;
       this.#requested = now;
     }
+    this.#ghosts.remove(gfn);
+  }
+
+  /** The guest has not asked for it: it was pinned. */
+  used(gfn: Gfn): void {
     this.#ghosts.remove(gfn);
   }
 

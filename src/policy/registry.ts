@@ -24,24 +24,44 @@ export const policies: readonly PolicyEntry[] = [
   off,
 ] as readonly PolicyEntry[];
 
-/** The entry of a name. Throws UserError for one that no policy has. */
-export function policyNamed(name: string, choice = name): PolicyEntry {
-  const entry = policies.find((p) => p.name === name);
-  const known = policies.map((p) => p.name).join(", ");
-  if (!entry) throw new UserError(`--policy ${choice}: no policy is named "${name}"; there are ${known}`);
-  return entry;
+/** A kind of policy, or of speculation, that makes a T. */
+interface Entry<T> {
+  readonly name: string;
+  readonly parameters: Parameters;
+  create(values: ValuesOf<Parameters>): T;
 }
+type Created<T> = T & Pick<UnpinPolicy, "name" | "parameters">;
 
 /** What an entry makes of "NAME,key=value,…". Throws UserError for parameters that it does not take. */
-export function createFrom(entry: PolicyEntry, choice: string): UnpinPolicy {
-  const parameters = parseValues(entry.parameters, splitChoice(choice).words, `--policy ${choice}`);
+export function createFrom<T extends object>(
+  entry: Entry<T>,
+  choice: string,
+  option = "--policy",
+): Created<T> {
+  const parameters = parseValues(entry.parameters, splitChoice(choice).words, `${option} ${choice}`);
   return Object.assign(entry.create(parameters as ValuesOf<Parameters>), { name: entry.name, parameters });
+}
+
+/** What the entry of the name in `choice` makes of it. Throws UserError for an unknown name or parameter. */
+export function createNamed<T extends object>(
+  entries: readonly Entry<T>[],
+  choice: string,
+  option: string,
+  kind: string,
+): Created<T> {
+  const { name } = splitChoice(choice);
+  const entry = entries.find((e) => e.name === name);
+  const known = entries.map((e) => e.name).join(", ");
+  if (!entry) throw new UserError(`${option} ${choice}: no ${kind} is named "${name}"; there are ${known}`);
+  return createFrom(entry, choice, option);
 }
 
 /** From `--policy NAME[,key=value…]`. Throws UserError for an unknown name or parameter. */
 export const createPolicy = (choice: string): UnpinPolicy =>
-  createFrom(policyNamed(splitChoice(choice).name, choice), choice);
+  createNamed(policies, choice, "--policy", "policy");
 
-/** Give a policy the parameters of another choice of the same name; it keeps what it knows. */
-export const reconfigure = (policy: UnpinPolicy, { parameters }: Pick<UnpinPolicy, "parameters">): void =>
-  void Object.assign(policy.parameters, parameters);
+/** Give a policy or a speculation the parameters of another choice of the same name; it keeps what it knows. */
+export const reconfigure = (
+  { parameters: known }: Pick<UnpinPolicy, "parameters">,
+  { parameters }: Pick<UnpinPolicy, "parameters">,
+): void => void Object.assign(known, parameters);
