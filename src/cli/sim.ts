@@ -127,6 +127,9 @@ const LABELS: Readonly<Record<keyof WorldStatistics, string>> = {
   faultsReported: "DMA faults reported to the guest",
   faultsDropped: "DMA faults dropped and counted",
   framesNeverTransferred: "frames claimed and never transferred, at most",
+  framesSpeculative: "frames pinned unasked",
+  speculationSaved: "of them used",
+  speculationWasted: "of them unpinned unused",
 };
 
 function summary(result: SimResult): string {

@@ -2,6 +2,7 @@ import { HostError } from "../base/errors.ts";
 import type { Gfn, Nanoseconds } from "../base/units.ts";
 import type { GuestMemory } from "../memory/guest-memory.ts";
 import type { UnpinPolicy } from "../policy/policy.ts";
+import type { Speculation } from "../policy/speculation/speculation.ts";
 import type { DirtySlice } from "../tracking/dirty.ts";
 import type { AssignedBus, BeforeActivation } from "../tracking/life.ts";
 import { framesOf, type Mapping } from "../tracking/mapping-trees.ts";
@@ -26,6 +27,7 @@ export interface BackendOptions {
   readonly frontEnd: FrontEndName;
   readonly policy: () => UnpinPolicy;
   readonly pressure: () => number;
+  readonly speculation: () => Speculation;
   /** When it starts; operators change it by orders. */
   readonly quota: () => number;
   readonly beforeActivation: BeforeActivation;
@@ -66,6 +68,7 @@ export interface BackendParts {
   readonly openTable: NonNullable<TrackerOptions["openTable"]>;
   readonly makeHost: (...args: ConstructorParameters<typeof FakeHost>) => FakeHost;
   readonly makeIommu: (...args: ConstructorParameters<typeof SoftwareIommu>) => SoftwareIommu;
+  readonly makeSpeculator: NonNullable<TrackerOptions["makeSpeculator"]>;
   readonly makeTracker: (...args: ConstructorParameters<typeof CheckedTracker>) => CheckedTracker;
 }
 
@@ -237,7 +240,8 @@ export class Backend implements Actor {
     const { turns, quota, beforeActivation, counters, openTable, assigned } = this.#o;
     const { activationTimeout, assignedBus } = this.#o;
     const { makeIommu = (...args) => new SoftwareIommu(...args) } = this.#o;
-    const { makeTracker = (...args) => new CheckedTracker(...args), faultCapable, faultMayFail } = this.#o;
+    const { makeTracker = (...args) => new CheckedTracker(...args), makeSpeculator } = this.#o;
+    const { faultCapable, faultMayFail } = this.#o;
     const clock = { now: () => turns.time };
     const memory = new SteppedMemory([], this.#turn, { constant: this.#o.constant });
     const iommu = makeIommu(new SteppedWords(this.#o.iommu, this.#turn, this.#o.idleWord), clock);
@@ -250,6 +254,7 @@ export class Backend implements Actor {
           iommu,
           policy: this.#o.policy(),
           pressure: this.#o.pressure,
+          speculation: this.#o.speculation(),
           clock,
           counters,
           quota: quota(),
@@ -258,6 +263,7 @@ export class Backend implements Actor {
           bus: assignedBus,
         },
         ...(openTable && { openTable }),
+        ...(makeSpeculator && { makeSpeculator }),
       },
       this.host,
       faultMayFail,
@@ -322,10 +328,11 @@ export class CheckedTracker extends Tracker {
     return granted;
   }
 
-  override pin(ranges: Parameters<Tracker["pin"]>[0]): number {
+  override pin(...asked: Parameters<Tracker["pin"]>): number {
+    const [ranges] = asked;
     const before = new Set([...this.#host.pages].map(({ gfn }) => gfn));
     const since = this.#claims.now;
-    const status = super.pin(ranges);
+    const status = super.pin(...asked);
     if (status === VIRTIO_IOMMU_S_OK) {
       for (const { gfn, nrFrames } of ranges)
         for (let i = 0; i < nrFrames; i++) {
@@ -333,10 +340,23 @@ export class CheckedTracker extends Tracker {
           if (!this.#host.holds(gfn + i))
             throw new Violation(`PIN of frame ${gfn + i} is OK, but it is not held`);
         }
+      this.#checkSpeculated(ranges, before);
     } else
       for (const { gfn } of this.#host.pages)
         if (!before.has(gfn))
           throw new Violation(`PIN was refused with ${status}, but frame ${gfn} was pinned`);
     return status;
+  }
+
+  /** What a request has brought about beside its own frames. */
+  #checkSpeculated(ranges: Parameters<Tracker["pin"]>[0], before: ReadonlySet<Gfn>): void {
+    const asked = (gfn: number) => ranges.some((r) => r.gfn <= gfn && gfn < r.gfn + r.nrFrames);
+    const pages = [...this.#host.pages].filter(({ gfn }) => !before.has(gfn) && !asked(gfn));
+    for (const { gfn, anew } of pages)
+      if (anew) throw new Violation(`frame ${gfn}, which was discarded, gets memory unasked`);
+    const unasked = [...new Set(pages.map(({ gfn }) => gfn))];
+    const budget = Number(this.speculation.parameters.budget ?? 0);
+    if (unasked.length > budget)
+      throw new Violation(`a request has pinned frames ${unasked} unasked; there may be ${budget}`);
   }
 }

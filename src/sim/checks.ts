@@ -41,13 +41,15 @@ export class Checks {
 
   /** The host has pinned a page, see HostObserver. */
   pinned(gfn: Gfn, present: boolean, anew: boolean): void {
-    if (!present) this.claims.forget(gfn);
+    const splits = present && this.#host.pins(gfn) > 1;
+    if (!splits) this.claims.forget(gfn);
+    if (present) this.claims.speculated(gfn);
     if (!this.#isRam(gfn)) throw new Violation(`frame ${gfn} is pinned, which is not RAM`);
     const held = this.#host.pages.size;
     const quota = this.#quota();
-    if (present && anew) throw new Violation(`frame ${gfn}, which was discarded, gets memory from a split`);
+    if (present && anew) throw new Violation(`frame ${gfn}, which was discarded, gets memory unasked`);
     // While an extent is split, its rest is pinned twice.
-    if (held > quota && !present) throw new Violation(`${held} pages are pinned, the quota is ${quota}`);
+    if (held > quota && !splits) throw new Violation(`${held} pages are pinned, the quota is ${quota}`);
   }
 
   /** The host has let go of a page. */

@@ -9,6 +9,7 @@ import { counters, countersBuffer } from "../memory/counters.ts";
 import { GatedMemory } from "../memory/gated-memory.ts";
 import { GuestMemory, type GuestRegion } from "../memory/guest-memory.ts";
 import { createPolicy } from "../policy/registry.ts";
+import { createSpeculation } from "../policy/speculation/registry.ts";
 import { createIommuBuffer, DeviceGate, isIdleIommuWord, SoftwareIommu } from "../tracking/software-iommu.ts";
 import { TRACKING_COUNTERS, type Tracker } from "../tracking/tracker.ts";
 import { TU_COUNT, TU_PINNED, unitOffset } from "../wire/dtt.ts";
@@ -39,6 +40,8 @@ export interface SmallWorld {
   /** Harvests of dirty frames, with PIN_DIRTY; one more follows when all is done. */
   readonly harvests?: number;
   readonly quota?: number;
+  /** What is pinned unasked, as `--speculate` takes it. */
+  readonly speculate?: string;
   /** Whether each release may be refused by the host, and each pin. */
   readonly releasesFail?: boolean;
   readonly pinsFail?: boolean;
@@ -219,7 +222,7 @@ class SmallMachine {
 
   #makeTracker(world: SmallWorld, twin: Twin, regions: readonly GuestRegion[], quota: number): Tracker {
     const { turn } = this.#backend;
-    const { openTable, makeIommu, makeTracker = newTracker } = twin.backend ?? {};
+    const { openTable, makeIommu, makeSpeculator, makeTracker = newTracker } = twin.backend ?? {};
     let now = 0;
     const clock = {
       now: () => {
@@ -244,6 +247,7 @@ class SmallMachine {
           beforeActivation: "none",
         },
         ...(openTable && { openTable }),
+        ...(makeSpeculator && { makeSpeculator }),
       },
       this.#host,
     );
@@ -256,6 +260,7 @@ class SmallMachine {
       if (word & TU_PINNED) tracker.pin([{ gfn, nrFrames: 1 }]);
       this.#memory.store32(unitOf(gfn), word | 0);
     });
+    if (world.speculate !== undefined) tracker.setSpeculation(createSpeculation(world.speculate));
     return tracker;
   }
 

@@ -29,6 +29,8 @@ export interface HostObserver {
 export interface PinnedPage {
   readonly gfn: Gfn;
   readonly handle: number;
+  /** The frame had been discarded, and the pin has given it memory. */
+  readonly anew: boolean;
   /** It has been discarded: the guest sees another one. */
   stale: boolean;
 }
@@ -134,15 +136,15 @@ export class FakeHost implements Pinner {
 
   #pin(first: number, frames: number, present: boolean): number {
     const handle = this.#next++;
-    const pages = Array.from(
-      { length: frames },
-      (_, i): PinnedPage => ({ gfn: (first + i) as Gfn, handle, stale: false }),
-    );
+    const pages = Array.from({ length: frames }, (_, i): PinnedPage => {
+      const gfn = (first + i) as Gfn;
+      return { gfn, handle, anew: this.#holes.delete(gfn), stale: false };
+    });
     this.#byHandle.set(handle, pages);
     for (const page of pages) {
       this.pages.add(page);
       this.#pins.set(page.gfn, this.pins(page.gfn) + 1);
-      this.#observer.pinned(page.gfn, present, this.#holes.delete(page.gfn));
+      this.#observer.pinned(page.gfn, present, page.anew);
     }
     return handle;
   }

@@ -9,6 +9,12 @@ export const POLICIES = [
   "working-set,min=0ms,max=4ms,ghosts=4",
 ] as const;
 
+/** As `--speculate` takes them. */
+export const SPECULATIONS = [
+  ...["off", "neighbours,budget=3,judged=40", "neighbours,budget=1", "ghost,budget=4", "stride,repeats=1"],
+  "ghost,together=1ms,ghosts=6,judged=20",
+] as const;
+
 /** How a world is made: everything that a seed decides, beside the schedule. */
 export interface Settings {
   /** The PCI function that guest and backend meet at. */
@@ -21,6 +27,8 @@ export interface Settings {
   readonly interval: number;
   /** At first; operators choose others, and at the end all is unpinned by lru. */
   readonly policy: string;
+  /** At first, as the policy. */
+  readonly speculate: string;
   /** Frames; Infinity for no limit. */
   readonly quota: number;
   readonly beforeActivation: BeforeActivation;
@@ -67,6 +75,7 @@ export function settingsOf(seed: number): Settings {
     buffers: 2 + next(12),
     interval: (1 + next(10)) / 5,
     policy: POLICIES[random(seed ^ 0x9011_c1e5)(POLICIES.length)]!,
+    speculate: SPECULATIONS[random(seed ^ 0x59ec_0a7e)(SPECULATIONS.length)]!,
     quota: next(2) === 0 ? Number.POSITIVE_INFINITY : 8 + next(16),
     beforeActivation: next(2) === 0 ? "bios" : "none",
     ...AT_ONCE,

@@ -24,4 +24,7 @@ export interface WorldStatistics {
   readonly faultsReported: number;
   readonly faultsDropped: number;
   readonly framesNeverTransferred: number;
+  readonly framesSpeculative: number;
+  readonly speculationSaved: number;
+  readonly speculationWasted: number;
 }

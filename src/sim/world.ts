@@ -7,6 +7,7 @@ import type { DriverCpu } from "../driver/viommu.ts";
 import { counters, countersBuffer } from "../memory/counters.ts";
 import { GuestMemory, type GuestRegion } from "../memory/guest-memory.ts";
 import { createPolicy } from "../policy/registry.ts";
+import { createSpeculation } from "../policy/speculation/registry.ts";
 import { countUnused, createIommuBuffer, DeviceGate, isIdleIommuWord } from "../tracking/software-iommu.ts";
 import { TRACKING_COUNTERS, type Tracker } from "../tracking/tracker.ts";
 import { Backend, type BackendOptions, type BackendParts } from "./backend.ts";
@@ -22,7 +23,7 @@ import { Guest } from "./guest.ts";
 import { GuestCpu } from "./guest-cpu.ts";
 import { RemappedDevice } from "./remapped-device.ts";
 import { Saboteur } from "./saboteur.ts";
-import { POLICIES, type Settings, settingsOf } from "./settings.ts";
+import { POLICIES, type Settings, SPECULATIONS, settingsOf } from "./settings.ts";
 import type { WorldStatistics } from "./statistics.ts";
 import { kindOf } from "./stray-dma.ts";
 import { Violation } from "./turn.ts";
@@ -193,6 +194,9 @@ export class World {
       faultsReported: this.#counters.faultsReported,
       faultsDropped: this.#counters.faultsDropped,
       framesNeverTransferred: this.#claims.unusedPeak,
+      framesSpeculative: this.#counters.framesSpeculative,
+      speculationSaved: this.#counters.speculationSaved,
+      speculationWasted: this.#counters.speculationWasted,
     };
   }
 
@@ -265,6 +269,7 @@ export class World {
       frontEnd: settings.frontEnd,
       policy: () => createPolicy(settings.policy),
       pressure: () => this.#random(2),
+      speculation: () => createSpeculation(settings.speculate),
       quota: () => this.#quota,
       beforeActivation: settings.beforeActivation,
       activationTimeout: milliseconds(settings.activationTimeout),
@@ -360,9 +365,11 @@ export class World {
     this.#operatorOrders++;
     const quota = this.#random(3) === 0 ? Number.POSITIVE_INFINITY : 4 + this.#random(12);
     const policy = createPolicy(POLICIES[this.#random(POLICIES.length)]!);
+    const speculation = createSpeculation(SPECULATIONS[this.#random(SPECULATIONS.length)]!);
     const parked = this.#random(3) === 0;
     const orders: ((tracker: Tracker) => void)[] = [
       (tracker) => tracker.setPolicy(policy),
+      (tracker) => tracker.setSpeculation(speculation),
       (tracker) => {
         this.#quota = quota;
         tracker.setQuota(quota);

@@ -19,6 +19,10 @@ export const TRACKING_STATE = [
   "framesClaimed",
   /** Time between unpin passes, in ns. */
   "passInterval",
+  /** 1 while speculation has switched itself off; frames that it was judged by since it was chosen, and of the last of them those used. */
+  "speculationStopped",
+  "speculationJudged",
+  "speculationUsed",
   /** 1 once a function was assigned whose DMA no gate of ours sees. */
   "dmaUnseen",
 ] as const;
@@ -30,6 +34,10 @@ export const TRACKING_COUNTERS = [
   "framesUnpinned",
   "framesFirmware",
   "framesFaulted",
+  /** Pinned unasked; of them, those that the guest has used since, and those that were unpinned before it did. */
+  "framesSpeculative",
+  "speculationSaved",
+  "speculationWasted",
   "framesNow",
   "framesPeak",
   /** Integral of framesNow over time, in frame-nanoseconds, up to `changedAt`. */

@@ -68,6 +68,16 @@ export class DmaTrackingTable {
     return this.#memory.load32(unit) >>> 0;
   }
 
+  /** Neither mapped, nor lately, nor pinned; D may be left of an earlier time. */
+  isQuiet(unit: Unit): boolean {
+    return (this.load(unit) & ~TU_DIRTY) === 0;
+  }
+
+  /** Mapped now, or since the host last cleared A. */
+  isUsed(unit: Unit): boolean {
+    return (this.load(unit) & (TU_COUNT | TU_ACCESSED)) !== 0;
+  }
+
   /** P = 1. The page must have been pinned before (abi.md section 2, "Host pin"). */
   setPinned(unit: Unit): void {
     this.#memory.or32(unit, TU_PINNED | 0);

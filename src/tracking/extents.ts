@@ -54,8 +54,11 @@ export class Extents {
     return this.#orphans;
   }
 
-  /** Pin frames of RAM, and tell the handle of each. Throws HostError; then none of them is. */
-  pin(gfns: readonly Gfn[], pinned: (gfn: Gfn, handle: number) => void): void {
+  /**
+   * Pin frames of RAM, and tell the handle of each; `present`: where the kernel can tell, only if all have memory. Throws
+   * HostError; then none of them is.
+   */
+  pin(gfns: readonly Gfn[], pinned: (gfn: Gfn, handle: number) => void, present = false): void {
     this.#addresses = grown(this.#addresses, gfns.length);
     this.#lengths = grown(this.#lengths, gfns.length);
     this.#handles = grown(this.#handles, gfns.length);
@@ -74,7 +77,8 @@ export class Extents {
       )
         this.#lengths[last]! += FRAME_SIZE;
       else {
-        this.#addresses[extents] = region.hostAddress + (gpa - region.gpa);
+        const address = (present ? region.presentAddress : undefined) ?? region.hostAddress;
+        this.#addresses[extents] = address + (gpa - region.gpa);
         this.#lengths[extents++] = FRAME_SIZE;
       }
     }

@@ -11,6 +11,9 @@ export const ONLY_DOMAINS = 0xffff_ffff;
 export const FAULTED = 0xffff_fffe;
 /** Since the last unpin pass: as A in a unit. */
 export const FAULTED_LATELY = 0xffff_fffd;
+/** Generation of frames that the table in use has P for, though the guest has not asked, and is not known to use them. */
+export const SPECULATED = 0xffff_fffc;
+const UNASKED: readonly number[] = [NO_TABLE, FAULTED, FAULTED_LATELY, SPECULATED];
 
 type ClaimChanged = (gfn: Gfn, claimed: boolean) => void;
 
@@ -100,7 +103,7 @@ export class Ledger {
     for (const gfn of this.#frames) if (this.isClaimed(gfn) && !this.isNeeded(gfn)) this.claim(gfn, NO_TABLE);
   }
 
-  /** Whether the guest has asked for the frame since it was pinned: by a PIN request, or by a MAP. */
+  /** Whether the guest has asked for the frame since it was pinned: by a PIN request, by a MAP, or by using its P. */
   isClaimed(gfn: Gfn): boolean {
     return this.#isClaimed(this.#idOf(gfn));
   }
@@ -161,9 +164,7 @@ export class Ledger {
   }
 
   #isClaimed(id: number): boolean {
-    const generation = this.#generations[id]!;
-    const unasked = generation === NO_TABLE || generation === FAULTED || generation === FAULTED_LATELY;
-    return !unasked || this.#needs[id]! > 0;
+    return this.#needs[id]! > 0 || !UNASKED.includes(this.#generations[id]!);
   }
 
   #count(gfn: Gfn, id: number, before: boolean): void {

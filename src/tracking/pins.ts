@@ -4,12 +4,18 @@ import { type Gfn, gpaOf, type Nanoseconds } from "../base/units.ts";
 import type { GuestMemory } from "../memory/guest-memory.ts";
 import type { Claim, GfnBuffer, UnpinPolicy } from "../policy/policy.ts";
 import { Extents } from "./extents.ts";
-import { Ledger, NO_TABLE, ONLY_DOMAINS } from "./ledger.ts";
+import { Ledger, NO_TABLE, ONLY_DOMAINS, SPECULATED } from "./ledger.ts";
 import { framesOf, type Mapping } from "./mapping-trees.ts";
 import type { Pinner } from "./pinner.ts";
 import type { SoftwareIommu } from "./software-iommu.ts";
 
-export type PinObserver = Pick<UnpinPolicy, "pinned" | "tried">;
+/** Told what a policy is told, also of what was pinned before the policy came. */
+export interface PinObserver extends Pick<UnpinPolicy, "tried"> {
+  /** `unasked`: the guest has not asked for the frame. */
+  pinned(gfn: Gfn, now: Nanoseconds, unasked: boolean): void;
+  /** The guest has used a frame that was pinned unasked. */
+  used?(gfn: Gfn, now: Nanoseconds): void;
+}
 
 /**
  * The frames that are pinned one by one. Keeps what must agree in step: the ledger, the kernel's pins, the IOMMU's
@@ -23,7 +29,7 @@ export class Pins {
   readonly #iommu: SoftwareIommu;
   readonly #clock: Clock;
   #policy: UnpinPolicy;
-  readonly #observers: readonly PinObserver[];
+  readonly #observers: PinObserver[];
   /** A moment before the policy came. */
   #beforePolicy = 0 as Nanoseconds;
   /** The policy has been told of the frames in the ledger's slots below this. */
@@ -47,8 +53,12 @@ export class Pins {
     this.#extents = new Extents(o.memory, o.pinner, this.ledger);
     this.#iommu = o.iommu;
     this.#policy = o.policy;
-    this.#observers = o.observers ?? [];
+    this.#observers = [...(o.observers ?? [])];
     this.#clock = o.clock;
+  }
+
+  observe(observer: PinObserver): void {
+    this.#observers.push(observer);
   }
 
   get policy(): UnpinPolicy {
@@ -90,11 +100,23 @@ export class Pins {
     this.#extents.pin(gfns, (gfn, handle) => this.#hold(gfn, handle, generation, now));
   }
 
+  /** The same for what nobody has asked for: where it can be told, only if all of them have memory. */
+  pinPresent(gfns: readonly Gfn[], generation: number): void {
+    if (gfns.length === 0) return;
+    const now = this.#clock.now();
+    this.#extents.pin(gfns, (gfn, handle) => this.#hold(gfn, handle, generation, now), true);
+  }
+
   #hold(gfn: Gfn, handle: number, generation: number, now: Nanoseconds): void {
     const slot = this.ledger.add(gfn, handle, generation);
     this.#iommu.allow(gfn, this.ledger.isClaimed(gfn));
     if (slot < this.#told) this.#policy.pinned(gfn, now);
-    for (const observer of this.#observers) observer.pinned(gfn, now);
+    for (const observer of this.#observers) observer.pinned(gfn, now, generation === SPECULATED);
+  }
+
+  /** The guest has used a frame that was pinned unasked. */
+  tellUsed(gfn: Gfn, now: Nanoseconds): void {
+    for (const observer of this.#observers) observer.used?.(gfn, now);
   }
 
   /** Take over pins that an earlier backend made and did not release; the host still holds them. See Extents.adopt(). */
@@ -139,12 +161,24 @@ export class Pins {
 
   /** Keep of `gfns`, which are pinned, those whose memory the host has lost meanwhile. Throws HostError. */
   keepDiscarded(gfns: GfnBuffer): void {
+    this.#findDiscarded(gfns);
+    gfns.keep((i) => this.#lost[i] === 1);
+  }
+
+  /** Keep of `gfns`, which are not pinned, those that have memory. Throws HostError. */
+  dropDiscarded(gfns: GfnBuffer): void {
+    // Memory without an address is this process's own, and nobody discards it.
+    if (this.#memory.regions.every(({ hostAddress }) => hostAddress === 0)) return;
+    this.#findDiscarded(gfns);
+    gfns.keep((i) => this.#lost[i] === 0);
+  }
+
+  #findDiscarded(gfns: GfnBuffer): void {
     const count = gfns.length;
     this.#addresses = grown(this.#addresses, count);
     this.#lost = grown(this.#lost, count);
     for (let i = 0; i < count; i++) this.#addresses[i] = this.#memory.hostAddress(gpaOf(gfns.at(i)));
     this.#pinner.discarded(this.#addresses, count, this.#lost);
-    gfns.keep((i) => this.#lost[i] === 1);
   }
 
   /** A domain maps these frames, which are pinned. */

@@ -2,6 +2,7 @@ import { HostError } from "../base/errors.ts";
 import { FrameIndex, grown } from "../base/frame-index.ts";
 import { FRAME_SIZE, GFN_LIMIT, type Gfn, gpaOf } from "../base/units.ts";
 import type { GuestMemory } from "../memory/guest-memory.ts";
+import type { Asked } from "../policy/speculation/speculation.ts";
 import {
   VIRTIO_IOMMU_S_FAULT,
   VIRTIO_IOMMU_S_IOERR,
@@ -16,6 +17,7 @@ import { NO_UNIT, type Unit } from "./dtt.ts";
 import { ONLY_DOMAINS } from "./ledger.ts";
 import { framesOf, type Mapping } from "./mapping-trees.ts";
 import type { Pins } from "./pins.ts";
+import type { Speculator } from "./speculator.ts";
 import type { TableInUse } from "./table-in-use.ts";
 
 interface RequestPinsOptions {
@@ -24,6 +26,7 @@ interface RequestPinsOptions {
   readonly table: TableInUse;
   readonly dirty: DirtyTracking;
   readonly counters: TrackingCounters;
+  readonly speculator: Speculator;
   /** Frames that the quota has room for. */
   room(): number;
   /** Unpin now all that may be. True if anything was unpinned. */
@@ -45,9 +48,10 @@ export class RequestPins {
     this.#o = options;
   }
 
-  /** A PIN request: all frames pinned and their P set, or nothing newly pinned. */
-  serve(ranges: readonly { readonly gfn: number; readonly nrFrames: number }[]): number {
-    const { memory, table, dirty } = this.#o;
+  /** A PIN request: all frames pinned and their P set, and maybe others beside them; or nothing newly pinned. */
+  serve(asked: Asked): number {
+    const { memory, table, dirty, speculator } = this.#o;
+    const { ranges } = asked;
     if (!table.active) return VIRTIO_IOMMU_S_UNSUPP;
     const total = ranges.reduce((sum, r) => sum + r.nrFrames, 0);
     if (total > memory.size / FRAME_SIZE) return VIRTIO_IOMMU_S_RANGE;
@@ -63,6 +67,7 @@ export class RequestPins {
         this.#gfns[n] = gfn;
         this.#units[n++] = unit;
       }
+    speculator.expect(asked);
     const status = this.#pinFresh(n, table.generation);
     if (status !== VIRTIO_IOMMU_S_OK) return status;
     for (let i = 0; i < n; i++) {
@@ -70,6 +75,7 @@ export class RequestPins {
       if (table.isForeign(gfn)) dirty.remember(gfn);
       table.own(gfn, this.#units[i]! as Unit);
     }
+    speculator.pin();
     return VIRTIO_IOMMU_S_OK;
   }
 

@@ -1,61 +1,32 @@
-import type { Clock } from "../base/clock.ts";
 import { HostError } from "../base/errors.ts";
 import { FRAME_SIZE, type Gfn, type Gpa, gpaOf } from "../base/units.ts";
-import type { GuestMemory, GuestRegion } from "../memory/guest-memory.ts";
+import type { GuestRegion } from "../memory/guest-memory.ts";
 import type { UnpinPolicy } from "../policy/policy.ts";
+import type { Asked, Speculation } from "../policy/speculation/speculation.ts";
 import { VIRTIO_IOMMU_S_OK } from "../wire/virtio-iommu.ts";
 import { OpenAccesses } from "./accesses.ts";
 import { BackgroundPins, STOPPED_BY } from "./background-pins.ts";
-import { countPinned, type TrackingCounters } from "./counters.ts";
+import { countPinned } from "./counters.ts";
 import { DirtyTracking } from "./dirty.ts";
 import { DmaTrackingTable } from "./dtt.ts";
 import type { FaultLog } from "./faults.ts";
 import { FAULTED_LATELY, type Ledger, NO_TABLE } from "./ledger.ts";
-import {
-  type AssignedBus,
-  type BeforeActivation,
-  GuestLife,
-  LIVES,
-  type Life,
-  type LifeEvent,
-} from "./life.ts";
+import { GuestLife, LIVES, type Life, type LifeEvent } from "./life.ts";
 import { framesOf, type Mapping } from "./mapping-trees.ts";
-import type { Pinner } from "./pinner.ts";
-import { type PinObserver, Pins } from "./pins.ts";
+import { Pins } from "./pins.ts";
 import { Remapping } from "./remapping.ts";
 import { RequestPins } from "./request-pins.ts";
-import type { SoftwareIommu } from "./software-iommu.ts";
+import { Speculator } from "./speculator.ts";
 import { StaticPins } from "./static-pins.ts";
 import { TableInUse } from "./table-in-use.ts";
+import type { TrackerOptions } from "./tracker-options.ts";
 import { type IdleRange, type IdleSlice, UnpinPasses } from "./unpin-passes.ts";
 
 export { TRACKING_COUNTERS, type TrackingCounters } from "./counters.ts";
+export type { TrackerOptions } from "./tracker-options.ts";
 
 /** Below 1 MiB firmware keeps what it lets devices touch. */
 const FIRMWARE_WINDOW_END = 256;
-
-export interface TrackerOptions {
-  readonly memory: GuestMemory;
-  readonly pinner: Pinner;
-  readonly iommu: SoftwareIommu;
-  /** At first, as the quota. */
-  readonly policy: UnpinPolicy;
-  readonly clock: Clock;
-  readonly counters: TrackingCounters;
-  /** Frames this guest may have pinned at once; Infinity for no limit. */
-  readonly quota: number;
-  readonly beforeActivation: BeforeActivation;
-  /** No driver ever says what is in use: all RAM is pinned as a whole, at once and for good. */
-  readonly wholeRam?: boolean;
-  /** How long a driver may take to turn PIN on, from power-on or a machine reset; Infinity for ever. */
-  readonly activationTimeout?: number;
-  readonly bus?: AssignedBus;
-  readonly observers?: readonly PinObserver[];
-  /** PassLimit.pressure, as the file of a policy says; 0 without. */
-  readonly pressure?: (file: string) => number;
-  /** The table's view of a unit; tests of the checkers put a broken one here. */
-  readonly openTable?: (memory: GuestMemory, root: Gpa, levels: number) => DmaTrackingTable;
-}
 
 /**
  * Pins on request and unpins lazily: the one place that changes what is pinned for a guest. Single-threaded: a PIN
@@ -75,6 +46,7 @@ export class Tracker {
   readonly #accesses: OpenAccesses;
   readonly #passes: UnpinPasses;
   readonly #requests: RequestPins;
+  readonly #speculator: Speculator;
   readonly #background: BackgroundPins;
   readonly #life: GuestLife;
   #quota: number;
@@ -89,7 +61,10 @@ export class Tracker {
     this.#pins = new Pins(options);
     this.#ledger = this.#pins.ledger;
     this.#accesses = new OpenAccesses(options.iommu);
-    this.#table = new TableInUse(this.#ledger, this.#accesses);
+    this.#table = new TableInUse(this.#ledger, this.#accesses, {
+      used: (gfn) => this.#speculator.noticed(gfn),
+      closes: () => this.#speculator.tableCloses(),
+    });
     this.#static = new StaticPins(options.memory, options.pinner, options.iommu);
     this.dirty = new DirtyTracking(
       () => (this.#static.frames > 0 ? options.memory.frames() : this.#ledger.frames()),
@@ -100,10 +75,13 @@ export class Tracker {
     const { pressure = () => 0 } = options;
     this.#passes = new UnpinPasses({ ...parts, dirty: this.dirty, parked, pressure });
     this.#background = new BackgroundPins(options.memory, this.#pins, options.clock, () => this.#quota);
+    const room = () => this.#quota - this.pinned;
+    const { makeSpeculator = (o) => new Speculator(o), speculationStopped: stopped = () => {} } = options;
+    this.#speculator = makeSpeculator({ ...parts, memory: options.memory, room, parked, stopped });
+    this.#pins.observe(this.#speculator);
+    if (options.speculation) this.#speculator.choose(options.speculation);
     this.#requests = new RequestPins({
-      ...{ memory: options.memory, pins: this.#pins, table: this.#table, dirty: this.dirty },
-      counters: options.counters,
-      room: () => this.#quota - this.pinned,
+      ...{ ...parts, memory: options.memory, dirty: this.dirty, speculator: this.#speculator, room },
       unpinAll: () => this.#unpinAll(),
     });
     this.remapping = new Remapping(options.iommu, this);
@@ -138,6 +116,9 @@ export class Tracker {
   }
   get policy(): UnpinPolicy {
     return this.#pins.policy;
+  }
+  get speculation(): Speculation {
+    return this.#speculator.speculation;
   }
 
   // --- the guest's life ------------------------------------------------------------------------------------------
@@ -190,6 +171,7 @@ export class Tracker {
     this.#table.close();
     this.#passes.stop();
     this.#enter("machine-reset");
+    this.#speculator.restart();
     this.remapping.reset(this.#inBackground);
     if (this.#inBackground) this.#ledger.disown();
     else this.#drop([...this.#ledger.frames()]);
@@ -274,6 +256,11 @@ export class Tracker {
     this.#passes.stop();
   }
 
+  /** What others have pinned unasked goes with the passes. One that had switched itself off is on again. */
+  setSpeculation(speculation: Speculation): void {
+    this.#speculator.choose(speculation);
+  }
+
   /** Below what is pinned, it refuses new pins until that has fallen; nothing is torn out. */
   setQuota(frames: number): void {
     this.#quota = frames;
@@ -293,6 +280,7 @@ export class Tracker {
    */
   unpinIdle(range: IdleRange): IdleSlice {
     if (range.from === 0) this.#beforePass();
+    if (!range.discarded) this.#speculator.forbid(range.first, range.end);
     const outcome = this.#passes.idle(range);
     this.#changed();
     return outcome;
@@ -304,8 +292,8 @@ export class Tracker {
    * Serve a PIN request: all frames pinned and their P set, or nothing newly pinned. Returns the status that
    * docs/abi.md section 3 names. The frames asked for are at most those the guest has: bounds the loops.
    */
-  pin(ranges: readonly { readonly gfn: number; readonly nrFrames: number }[]): number {
-    const status = this.#requests.serve(ranges);
+  pin(ranges: Asked["ranges"], endpoint = 0): number {
+    const status = this.#requests.serve({ ranges, endpoint });
     const { counters } = this.#o;
     counters.pinRequests++;
     if (status !== VIRTIO_IOMMU_S_OK) counters.pinRequestsRefused++;

@@ -198,7 +198,7 @@ export class CrosvmFunction implements PciFunction {
       this.peerErrors++;
       return false;
     }
-    return tracker.pin(frames) === VIRTIO_IOMMU_S_OK;
+    return tracker.pin(frames, bdf) === VIRTIO_IOMMU_S_OK;
   }
 }
 

@@ -326,7 +326,7 @@ export class VirtioIommu implements VirtioDevice {
       PinRange.read(request, ReqPin.size + i * PinRange.size),
     );
     if (ranges.some((r) => r.nrFrames === 0 || r.reserved !== 0)) return VIRTIO_IOMMU_S_INVAL;
-    return this.#o.tracker.pin(ranges);
+    return this.#o.tracker.pin(ranges, endpoint);
   }
 
   /** Section 5.13.6.7: properties, then the tail behind them. */

@@ -7,6 +7,7 @@ import { type Bdf, FRAME_SIZE, type Gfn, type Gpa, gpaOf } from "../../src/base/
 import { counters, countersBuffer } from "../../src/memory/counters.ts";
 import { GuestMemory, type GuestRegion } from "../../src/memory/guest-memory.ts";
 import { createPolicy } from "../../src/policy/registry.ts";
+import { createSpeculation } from "../../src/policy/speculation/registry.ts";
 import { DmaTrackingTable, NO_UNIT } from "../../src/tracking/dtt.ts";
 import {
   createIommuBuffer,
@@ -44,6 +45,8 @@ const IOMMU_FRAMES = 1024 * LEAVES;
 const FRAMES = Array.from({ length: IOMMU_FRAMES }, (_, gfn) => gfn as Gfn);
 const RAM = FRAMES.filter((gfn) => BLOCKS.some((first) => first <= gfn && gfn < first + BLOCK_FRAMES));
 const QUOTA = 50;
+/** By two bits of the device's options. */
+const SPECULATIONS = ["off", "neighbours,budget=8", "ghost,budget=8,judged=40", "stride,repeats=1"];
 /** Guest memory accesses that one record may cost: 20 requests of 15 ranges of all of RAM, and then some. */
 const STEPS_MAX = 100_000;
 
@@ -116,6 +119,7 @@ class FuzzedDevice {
       pinner: this.#host,
       iommu,
       policy: createPolicy("lru"),
+      speculation: createSpeculation(SPECULATIONS[((input[0] ?? 0) >> 2) & 3]!),
       clock: this.#clock,
       counters: counters(TRACKING_COUNTERS, countersBuffer(TRACKING_COUNTERS)),
       quota: QUOTA,

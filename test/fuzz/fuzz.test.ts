@@ -2,10 +2,12 @@ import assert from "node:assert/strict";
 import test from "node:test";
 import { FRAME_SIZE, type Gfn } from "../../src/base/units.ts";
 import { GuestMemory } from "../../src/memory/guest-memory.ts";
+import { createSpeculation } from "../../src/policy/speculation/registry.ts";
 import type { TrackingCounters } from "../../src/tracking/counters.ts";
 import { DmaTrackingTable, type Unit } from "../../src/tracking/dtt.ts";
 import type { Fault, FaultLog } from "../../src/tracking/faults.ts";
 import { SoftwareIommu } from "../../src/tracking/software-iommu.ts";
+import { Speculator, type SpeculatorOptions } from "../../src/tracking/speculator.ts";
 import { Tracker, type TrackerOptions } from "../../src/tracking/tracker.ts";
 import { HOST_BASE } from "../support/guest.ts";
 import { corpusOf } from "./corpus.ts";
@@ -83,6 +85,16 @@ class HastyTracker extends Tracker {
   }
 }
 
+/** What the host refuses is said to be pinned. */
+function showsFirst(o: SpeculatorOptions): Speculator {
+  const pinPresent = o.pins.pinPresent.bind(o.pins);
+  o.pins.pinPresent = (gfns, generation) => {
+    for (const gfn of gfns) o.table.show(gfn);
+    pinPresent(gfns, generation);
+  };
+  return new Speculator(o);
+}
+
 const device = (parts: DeviceParts) => deviceTarget(parts);
 const twins: [what: string, target: Target, message: RegExp, bytesMax?: number][] = [
   ["a device that pins what is not RAM", device({ memory: Credulous }), /which is not guest RAM/],
@@ -90,6 +102,21 @@ const twins: [what: string, target: Target, message: RegExp, bytesMax?: number][
     "a device without a quota",
     device({ tracker: { quota: Number.POSITIVE_INFINITY } }),
     /than the quota allows/,
+  ],
+  [
+    "a device that pins unasked above its quota",
+    device({
+      tracker: {
+        speculation: createSpeculation("neighbours"),
+        makeSpeculator: (o) => new Speculator({ ...o, room: () => Number.POSITIVE_INFINITY }),
+      },
+    }),
+    /than the quota allows/,
+  ],
+  [
+    "a device that shows P and pins then",
+    device({ tracker: { speculation: createSpeculation("neighbours"), makeSpeculator: showsFirst } }),
+    /has P/,
   ],
   [
     "a device that leaves what it unpins in the IOMMU",

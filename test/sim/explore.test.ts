@@ -40,6 +40,28 @@ const worlds: Readonly<Record<string, SmallWorld>> = {
   },
   "harvests of a frame that two CPUs map": { units: [P], cpus: [[0], [0]], passes: 1, harvests: 1 },
   "a harvest of two frames, one of them dirty": { units: [P + D, P], cpus: [[0, 1]], passes: 2, harvests: 2 },
+  "two CPUs, of which each asks for a frame, while the other frame is pinned unasked": {
+    units: [0, 0],
+    cpus: [[0], [1]],
+    passes: 0,
+    speculate: "neighbours,budget=1",
+  },
+  "a frame that is pinned unasked and unpinned while a CPU maps it, and a host that may refuse each pin and each release":
+    {
+      units: [0, 0],
+      cpus: [[0, 1]],
+      passes: 1,
+      releasesFail: true,
+      pinsFail: true,
+      speculate: "neighbours,budget=1",
+    },
+  "harvests of a frame that is pinned unasked": {
+    units: [0, 0],
+    cpus: [[0, 1]],
+    passes: 1,
+    harvests: 1,
+    speculate: "neighbours,budget=1",
+  },
   "a quota that makes one CPU's request unpin what another maps": {
     units: [P, 0],
     cpus: [[0], [1]],
@@ -54,7 +76,8 @@ for (const [what, world] of Object.entries(worlds))
     t.diagnostic(JSON.stringify(seen));
     assert.equal(failure, undefined);
     // The schedules must show the race: a CPU that came too late for the old pin, and one that did not.
-    assert.ok(seen.asks > 0 && seen.unpins > 0 && seen.states > 100);
+    assert.ok(seen.asks > 0 && seen.states > 100);
+    assert.equal(seen.unpins > 0, world.passes + (world.forced ?? 0) > 0);
     assert.equal(seen.refusals > 0, world.pinsFail === true || world.quota !== undefined);
   });
 
@@ -71,6 +94,12 @@ const worldsOfTwins: Readonly<Record<string, SmallWorld>> = {
   },
   "P cleared after the release": { units: [P], cpus: [[0]], passes: 1 },
   "P set before the page is pinned": { units: [0], cpus: [[0], [0]], passes: 0 },
+  "a frame that is pinned unasked after P is set": {
+    units: [0, 0],
+    cpus: [[0], [1]],
+    passes: 0,
+    speculate: "neighbours,budget=1",
+  },
   "an IOMMU that keeps what was revoked": { units: [P], cpus: [], passes: 1 },
   "no quota": { units: [P, 0], cpus: [[0], [1]], passes: 0, quota: 1 },
   "a harvest by load and store": { units: [P + D], cpus: [[0]], passes: 0, harvests: 1 },

@@ -63,7 +63,7 @@ export const hostTwins: Readonly<Record<string, BrokenTwin>> = {
   },
   "a split that gives memory to what was discarded": {
     twin: { backend: { makeHost: (...args) => new GenerousHost(...args) } },
-    found: /gets memory from a split/,
+    found: /gets memory unasked/,
     settings: BALLOONS,
     stepsMax: 2_000_000,
   },

@@ -16,6 +16,7 @@ import { claimTwins } from "./twins-of-claims.ts";
 import { domainTwins } from "./twins-of-domains.ts";
 import { faultTwins } from "./twins-of-faults.ts";
 import { BALLOONS, hostTwins } from "./twins-of-hosts.ts";
+import { speculationTwins } from "./twins-of-speculation.ts";
 
 /** A protocol broken in one place, and what a checker says of it. */
 export interface BrokenTwin {
@@ -373,6 +374,7 @@ export const twins: Readonly<Record<string, BrokenTwin>> = {
   ...domainTwins,
   ...faultTwins,
   ...claimTwins,
+  ...speculationTwins,
   "a guest without a driver that is not pinned": {
     twin: { backend: { makeTracker: (...args) => new PatientTracker(...args) } },
     found: /no driver was there in time/,
