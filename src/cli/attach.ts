@@ -94,6 +94,7 @@ async function attach(
   const attachment = await Attachment.start({
     ...{ qmp, assigned, policy, activationTimeout, onWarning: progress.warn },
     interval: intervalOf(options),
+    speculate: options.speculate,
     disks: disks.map((disk) => ({ ...disk, sizeMiB: 0 })),
     pinner: vmPinner(options.pinner, progress.warn),
     quota: (memoryMiB) => quotaFrames(options.quota, memoryMiB),

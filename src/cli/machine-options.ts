@@ -9,6 +9,7 @@ import { isRemapping, type Strategy } from "../control/strategy.ts";
 import { parseWorkload, type Workload } from "../control/workload.ts";
 import { FIO_USAGE, GPU_USAGE, NIC_USAGE } from "../machine/workload-text.ts";
 import { ADAPTIVE_BOUNDS, type IntervalChoice } from "../policy/pass-interval.ts";
+import { createSpeculation } from "../policy/speculation/registry.ts";
 import { BEFORE_ACTIVATION, type BeforeActivation } from "../tracking/life.ts";
 import { FRONT_ENDS, type FrontEndName } from "../virtio/front-end.ts";
 import type { Progress } from "./progress.ts";
@@ -54,6 +55,7 @@ export interface PinOptions {
   readonly interval: Nanoseconds | "adaptive";
   readonly intervalMin?: Nanoseconds;
   readonly intervalMax?: Nanoseconds;
+  readonly speculate: string;
   readonly quota?: Quota;
   readonly pinner: (typeof PINNERS)[number];
   readonly activationTimeout: number;
@@ -115,6 +117,12 @@ export function addPinOptions(option: AddOption): void {
     "lru",
   );
   addIntervalOptions(option);
+  option(
+    "--speculate <name>",
+    "what to pin beside what the guest asks for, before it does, NAME[,key=value…]: see `coiommu policies`",
+    (text) => createSpeculation(text) && text,
+    "off",
+  );
   option(
     "--quota <limit>",
     "most the guest may have pinned: 10% of its memory, or a number of frames",
@@ -183,10 +191,12 @@ export function addMachineOptions(command: Command): Command {
 /** Before anything is set up. Throws UserError for options that do not go together. */
 export function checkOptions(options: MachineOptions, strategies: readonly Strategy[]): void {
   intervalOf(options);
-  const { frontEnd } = options;
+  const { frontEnd, speculate } = options;
   const remapping = strategies.find(isRemapping);
   if (frontEnd === "crosvm" && remapping !== undefined)
     throw new UserError(`--front-end crosvm: has no domains, which strategy ${remapping} needs`);
+  if (speculate !== "off" && !strategies.includes("coiommu"))
+    throw new UserError(`--speculate ${speculate}: only strategy coiommu pins what is asked for`);
 }
 
 const checkedPolicy = (text: string): string => choosePolicy(text) && text;
@@ -225,6 +235,7 @@ export const runOptions = (
   cpus: options.cpus,
   policy: options.policy,
   interval: intervalOf(options),
+  speculate: options.speculate,
   quota: quotaFrames(options.quota, options.memory),
   disk: { sizeMiB: options.diskSize, ...(options.disk !== undefined && { file: options.disk }) },
   faultCapable: options.faultCapable,

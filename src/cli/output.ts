@@ -78,6 +78,12 @@ const ROWS: readonly Row[] = [
     of: (r) => perMapping(r, r.steady?.exits ?? null),
   },
   { label: "frames that came back soon", of: (r) => r.pins.framesCameBack },
+  { label: "frames pinned unasked", of: ({ pins }) => pins.framesSpeculative || null },
+  { label: "of them used", of: (r) => (r.pins.framesSpeculative ? r.pins.speculation!.saved : null) },
+  {
+    label: "of them unpinned unused",
+    of: (r) => (r.pins.framesSpeculative ? r.pins.speculation!.wasted : null),
+  },
   { label: "pin requests refused", of: (r) => r.pins.refused, sum: true },
   { label: "DMA faults", of: (r) => r.dma.faults, sum: true },
   { label: "I/O errors", of: (r) => r.workload.errors, sum: true },

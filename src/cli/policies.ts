@@ -1,18 +1,27 @@
 import { Command } from "commander";
 import { shown } from "../policy/parameters.ts";
+import type { PolicyEntry } from "../policy/policy.ts";
 import { policies } from "../policy/registry.ts";
+import { speculations } from "../policy/speculation/registry.ts";
 
 const WIDTH = 14;
 
 export const policiesCommand = (): Command =>
   new Command("policies")
-    .description("The unpin policies that --policy takes, with their parameters and defaults.")
+    .description("What --policy and --speculate take, with their parameters and defaults.")
     .action(() => {
-      for (const { name, summary, source, parameters } of policies) {
-        process.stdout.write(`${name.padEnd(WIDTH)}${summary}\n${"".padEnd(WIDTH)}(${source})\n`);
-        for (const [key, parameter] of Object.entries(parameters)) {
-          const value = `${key}=${shown(parameter, parameter.default)}`;
-          process.stdout.write(`  ${value.padEnd(WIDTH - 4)}  ${parameter.summary}\n`);
-        }
-      }
+      process.stdout.write("Unpin policies, --policy:\n");
+      list(policies);
+      process.stdout.write("\nSpeculations, --speculate:\n");
+      list(speculations);
     });
+
+function list(entries: readonly Pick<PolicyEntry, "name" | "summary" | "source" | "parameters">[]): void {
+  for (const { name, summary, source, parameters } of entries) {
+    process.stdout.write(`${name.padEnd(WIDTH)}${summary}\n${"".padEnd(WIDTH)}(${source})\n`);
+    for (const [key, parameter] of Object.entries(parameters)) {
+      const value = `${key}=${shown(parameter, parameter.default)}`;
+      process.stdout.write(`  ${value.padEnd(WIDTH - 4)}  ${parameter.summary}\n`);
+    }
+  }
+}

@@ -41,6 +41,11 @@ for (const [flag, values, form] of [
   ["--accel", ["hvf", ""], /one of auto, tcg, kvm/],
   ["--front-end", ["vfio", ""], /one of virtio-iommu, crosvm/],
   ["--policy", ["mru", "lru,passes=2", ""], /policy|parameters/],
+  [
+    "--speculate",
+    ["luck", "ghost,budget=0", "off,budget=1", "stride,repeats", ""],
+    /speculation|budget takes|parameter|repeats takes/,
+  ],
   ["--interval", ["1", "1h", "5ms", "2d", "-1s"], /such as 1s or 500ms/],
   ["--quota", ["0", "0%", "101%", "1.5", "lots"], /such as 10%/],
   ["--before-activation", ["nothing", ""], /one of bios, all, none/],
@@ -75,6 +80,12 @@ for (const [args, form] of [
     ["run", "--machine", "qemu", "--workload", "nic:mode=fresh"],
     /--workload nic:mode=fresh: needs --machine embedded/,
   ],
+  [["run", "--speculate", "ghost", "--strategy", "static"], /--speculate ghost: only strategy coiommu/],
+  [
+    ["compare", "--speculate", "stride", "--strategies", "none,viommu-lazy"],
+    /--speculate stride: only strategy coiommu/,
+  ],
+  [["attach", "--qmp", "qmp.sock", "--speculate", "luck"], /--speculate luck: no speculation is named/],
   [["run", "--front-end", "crosvm", "--strategy", "viommu-lazy"], /--front-end crosvm: .* viommu-lazy/],
   [
     ["compare", "--front-end", "crosvm", "--strategies", "coiommu,viommu-strict"],

@@ -21,6 +21,7 @@ import { dmaOf, kernelOf, pinsOf } from "./run.ts";
 
 type Settings =
   | "policy"
+  | "speculate"
   | "interval"
   | "pinner"
   | "activationTimeout"

@@ -210,15 +210,16 @@ class Threads {
   }
 
   #startBackend(pins: SharedArrayBuffer): WorkerHost {
-    const { strategy, policy, interval, quota, pinner, faultCapable = false, backendEntry } = this.#options;
-    const { beforeActivation, activationTimeout, frontEnd = "virtio-iommu", recording } = this.#options;
+    const { strategy, policy, interval, speculate = "off", quota, pinner, recording } = this.#options;
+    const { beforeActivation, activationTimeout, frontEnd = "virtio-iommu" } = this.#options;
+    const { faultCapable = false, backendEntry } = this.#options;
     const data = {
       ...{ ram: this.ram.ram, iommu: this.iommu, mailbox: this.#mailbox, bell: this.#backendBell },
       ...{
         counters: pins,
         assigned: this.#plan.map(({ endpoint: bdf }, gate) => ({ bdf, gate, faultCapable })),
       },
-      ...{ strategy, policy, interval, quota, pinner, beforeActivation, activationTimeout },
+      ...{ strategy, policy, interval, speculate, quota, pinner, beforeActivation, activationTimeout },
       ...{ frontEnd, qemu: false, recordingSince: recording?.began ?? null },
     } satisfies EmbeddedBackendData;
     const entry = backendEntry ?? workerEntry(import.meta.url, "./embedded-backend-worker");

@@ -35,6 +35,7 @@ const hostSide = (
       ...{ strategy: "coiommu", beforeActivation: "none", activationTimeout: Number.POSITIVE_INFINITY },
       ...{ pinner, policy: "lru", interval: milliseconds(1000), quota: Number.POSITIVE_INFINITY },
       recordingSince: null,
+      speculate: "off",
       ...overrides,
     },
     (_, text) => warn(text),

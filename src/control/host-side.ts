@@ -24,6 +24,7 @@ import { createFrontEnd, type FrontEnd, type FrontEndName } from "../virtio/fron
 import type { DirtyCommands } from "./dirty.ts";
 import { PinLog } from "./pin-log.ts";
 import { ringAddresses } from "./ring-addresses.ts";
+import { Speculating } from "./speculating.ts";
 import { hasDriver, type Strategy } from "./strategy.ts";
 import { Unpinning } from "./unpinning.ts";
 
@@ -57,6 +58,7 @@ export interface HostSideData {
   readonly pinner: PinnerName;
   readonly policy: string;
   readonly interval: IntervalChoice;
+  readonly speculate: string;
   /** Frames; Infinity for no limit. */
   readonly quota: number;
   /** When the recording of pins began; null: there is none. */
@@ -103,6 +105,7 @@ export class HostSide {
   /** The operator's, each no longer than a slice of an unpin pass. */
   readonly commands = {
     setPolicy: (choice: string) => this.#unpinning.setPolicy(this.#tracker, choice),
+    setSpeculation: (choice: string) => this.#speculating.set(this.#tracker, choice),
     setInterval: (choice: IntervalChoice) => this.#unpinning.setInterval(choice),
     policyState: () => this.#tracker.policy.state?.() ?? {},
     setQuota: (frames: number) => {
@@ -123,6 +126,7 @@ export class HostSide {
   readonly #kernelPagesBefore: number | null;
   readonly #unpinning: Unpinning;
   readonly #pinLog: PinLog | undefined;
+  readonly #speculating: Speculating;
   #pinTime = 0;
   readonly #counters: TrackingCounters;
   /** It has been told that not all RAM can be pinned. */
@@ -151,6 +155,7 @@ export class HostSide {
     this.#kernelPagesBefore = this.#pinner.kernelPinnedPages();
     this.#counters = counters(TRACKING_COUNTERS, data.counters);
     this.#unpinning = new Unpinning(data, this.#counters, monotonicClock.now(), warn);
+    this.#speculating = new Speculating(data.speculate, warn);
     for (const { gate, faultCapable } of data.assigned)
       if (gate === undefined) this.#counters.dmaUnseen = 1;
       else this.#iommu.setFaultCapable(gate, faultCapable ?? false);
@@ -163,6 +168,7 @@ export class HostSide {
       pinner: this.#pinner,
       iommu: this.#iommu,
       ...unpinning,
+      ...this.#speculating.ofTracker,
       observers: [...unpinning.observers, ...(this.#pinLog ? [this.#pinLog] : [])],
       clock: monotonicClock,
       counters: this.#counters,

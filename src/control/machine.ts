@@ -26,6 +26,8 @@ export interface MachineOptions {
   readonly frontEnd?: FrontEndName;
   readonly policy: string;
   readonly interval: IntervalChoice;
+  /** As `--speculate` takes it; by default off. */
+  readonly speculate?: string;
   readonly quota: number;
   readonly pinner: PinnerName;
   readonly disk: StoreOptions;

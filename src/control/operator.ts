@@ -4,6 +4,7 @@ import type { WorkerHost } from "../machine/commands.ts";
 import { splitChoice } from "../policy/parameters.ts";
 import type { IntervalChoice } from "../policy/pass-interval.ts";
 import type { UnpinPolicy } from "../policy/policy.ts";
+import { createSpeculation } from "../policy/speculation/registry.ts";
 import type { IdleRange, IdleSlice } from "../tracking/unpin-passes.ts";
 import { choosePolicy } from "./policy-choice.ts";
 import type { Strategy } from "./strategy.ts";
@@ -31,16 +32,23 @@ export class Operator {
   #choice: string;
   #policy: PolicyInEffect;
   #interval: IntervalChoice;
+  #speculation: PolicyInEffect;
 
   constructor(
     backend: WorkerHost,
-    options: { readonly strategy: Strategy; readonly policy: string; readonly interval: IntervalChoice },
+    options: {
+      readonly strategy: Strategy;
+      readonly policy: string;
+      readonly interval: IntervalChoice;
+      readonly speculate?: string;
+    },
   ) {
     this.#backend = backend;
     this.#strategy = options.strategy;
     this.#choice = options.policy;
     this.#policy = choosePolicy(options.policy);
     this.#interval = options.interval;
+    this.#speculation = createSpeculation(options.speculate ?? "off");
   }
 
   /** Null where nothing is ever unpinned. */
@@ -55,6 +63,18 @@ export class Operator {
 
   get interval(): IntervalChoice {
     return this.#interval;
+  }
+
+  /** Also while it has switched itself off. */
+  get speculation(): PolicyInEffect {
+    return this.#speculation;
+  }
+
+  /** As `--speculate` takes it; one that had switched itself off is on again. */
+  async setSpeculation(choice: string): Promise<void> {
+    const speculation = createSpeculation(choice);
+    await this.#request("setSpeculation", choice);
+    this.#speculation = speculation;
   }
 
   /** As `--policy` takes it. */

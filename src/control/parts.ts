@@ -20,6 +20,7 @@ type Settings =
   | "frontEnd"
   | "policy"
   | "interval"
+  | "speculate"
   | "quota"
   | "pinner"
   | "beforeActivation"
@@ -130,7 +131,7 @@ export class Parts {
     const pins = countersBuffer(TRACKING_COUNTERS);
     this.pins = counters(TRACKING_COUNTERS, pins);
     this.failed.promise.catch(() => {});
-    const { strategy, pinner, policy, interval, quota, assigned } = options;
+    const { strategy, pinner, policy, interval, speculate = "off", quota, assigned } = options;
     const { beforeActivation, activationTimeout, frontEnd = "virtio-iommu" } = options;
     const wake = EventFd.create();
     this.backendWorker = this.#worker(
@@ -138,7 +139,7 @@ export class Parts {
       options.backendEntry ?? workerEntry(import.meta.url, "./backend-worker"),
       {
         ...{ wakeFd: wake.fd, socketFd: iommuFd, touchFd: this.#touch.fd, iommu: this.iommuTable },
-        ...{ counters: pins, assigned, strategy, pinner, policy, interval, quota },
+        ...{ counters: pins, assigned, strategy, pinner, policy, interval, speculate, quota },
         ...{ beforeActivation, activationTimeout, frontEnd, qemu: true },
         recordingSince: options.recording?.began ?? null,
       } satisfies BackendData,

@@ -63,7 +63,9 @@ export interface RunResult {
     readonly framesFaulted: number | null;
     /** Unpinned, and asked for again within an interval between passes. */
     readonly framesCameBack: number | null;
-    readonly framesSpeculative: null;
+    /** Pinned beside what was asked for, because it was likely to be next. */
+    readonly framesSpeculative: number | null;
+    readonly speculation: SpeculationResult | null;
     readonly framesPeak: number;
     readonly framesMean: number;
     readonly framesAtEnd: number;
@@ -82,6 +84,16 @@ export interface RunResult {
     readonly mapped: number | null;
     readonly requests: number | null;
   }[];
+}
+
+export interface SpeculationResult {
+  readonly name: string;
+  readonly parameters: Readonly<Record<string, number | string>>;
+  /** Frames that the guest has used since, and frames that were unpinned before it did. */
+  readonly saved: number;
+  readonly wasted: number;
+  /** Why it has switched itself off; null if it has not. */
+  readonly stopped: string | null;
 }
 
 export interface WorkloadResult {

@@ -5,6 +5,7 @@ import { backgroundText } from "./background.ts";
 import { claimsOf } from "./claims.ts";
 import type { DriverState, LiveMachine, Machine, MachineEnd, MachineOptions, Worked } from "./machine.ts";
 import type { RunResult } from "./result.ts";
+import { speculationOf } from "./speculating.ts";
 import { hasDriver, isRemapping } from "./strategy.ts";
 import type { Workload } from "./workload.ts";
 
@@ -161,7 +162,7 @@ function sample({ pins }: Machine, { strategy }: RunOptions, ms: number): RunRes
 }
 
 export function pinsOf(
-  machine: Pick<Machine, "pins" | "iommuTable">,
+  machine: Pick<Machine, "pins" | "iommuTable" | "operator">,
   { strategy }: Pick<RunOptions, "strategy">,
 ): RunResult["pins"] {
   const { pins } = machine;
@@ -174,7 +175,8 @@ export function pinsOf(
     framesFirmware: hasDriver(strategy) ? pins.framesFirmware : null,
     framesFaulted: tracked ? pins.framesFaulted : null,
     framesCameBack: tracked ? pins.framesCameBack : null,
-    framesSpeculative: null,
+    framesSpeculative: tracked ? pins.framesSpeculative : null,
+    speculation: tracked ? speculationOf(machine) : null,
     framesPeak: pins.framesPeak,
     framesMean: round(meanPinned(pins, monotonicClock.now())),
     framesAtEnd: pins.framesNow,

@@ -143,7 +143,50 @@ test("one policy after the other, with parameters and an interval that change li
   await ends(cli, path);
 });
 
+test("speculation is chosen and changed live; one that has switched itself off is on when it is set again", async (t) => {
+  const path = socketPath(t);
+  const {
+    cli,
+    get,
+    ask: send,
+  } = await running(t, path, "--workload", "gpu:buffers=2,size=2M,hold=100,seconds=600");
+  const put = async (body: object) => (await send("PUT", "/v1/policy", body)).body as Policy;
+  const speculation = async () => (await get<Policy>("/v1/policy")).speculate;
+  assert.deepEqual(await speculation(), {
+    ...{ name: "off", parameters: {} },
+    ...{ saved: 0, wasted: 0, stopped: null },
+  });
+  const losing = { name: "neighbours", parameters: { judged: 16, budget: 64 } };
+  const { speculate } = await put({ speculate: losing });
+  assert.deepEqual([speculate.name, speculate.parameters], [losing.name, losing.parameters]);
+  const stops = () => eventually(async () => (await speculation()).stopped !== null, 20_000);
+  assert.ok(await stops(), "few of these frames are used");
+  const { saved, wasted, stopped } = await speculation();
+  assert.match(stopped!, /^of the last 16 frames that it pinned, the guest used \d$/);
+  assert.ok(saved + wasted >= 16);
+  assert.ok((await get<Counters>("/v1/counters")).tracking.framesSpeculative! >= saved + wasted);
+  assert.equal((await put({ speculate: { name: "neighbours" } })).speculate.stopped, null);
+  assert.deepEqual((await put({ speculate: { name: "ghost" } })).speculate.parameters, {
+    ...{ budget: 32, judged: 256, together: 2000, ghosts: 65_536 },
+  });
+  assert.equal((await put({ speculate: { name: "off" } })).speculate.name, "off");
+  assert.equal((await get<Counters>("/v1/counters")).devices[0]!.faults, 0);
+  cli.child.kill("SIGINT");
+  const { stderr } = await cli.ended;
+  assert.match(
+    stderr,
+    /^coiommu: warning: --speculate neighbours,judged=16,budget=64 has switched itself off: of/m,
+  );
+});
+
 interface Policy {
+  readonly speculate: {
+    readonly name: string;
+    readonly parameters: object;
+    readonly saved: number;
+    readonly wasted: number;
+    readonly stopped: string | null;
+  };
   readonly name: string;
   readonly parameters: object;
   readonly state: Readonly<Record<string, number>>;
@@ -206,6 +249,16 @@ test("every request that is wrong is told so, with the field", async (t) => {
     ["PUT", "/v1/policy", { name: "lru", parameters: { age: 1 } }, 400, "invalid", "parameters"],
     ["PUT", "/v1/policy", { name: "lru", parameters: { age: [] } }, 400, "invalid", "parameters.age"],
     ["PUT", "/v1/policy", { name: "lru", speed: 1 }, 400, "invalid", "speed"],
+    ["PUT", "/v1/policy", { speculate: { name: "luck" } }, 400, "invalid", "speculate"],
+    ["PUT", "/v1/policy", { speculate: { parameters: {} } }, 400, "invalid", "speculate.name"],
+    [
+      "PUT",
+      "/v1/policy",
+      { speculate: { name: "off", parameters: { budget: 1 } } },
+      400,
+      "invalid",
+      "speculate",
+    ],
     ["PUT", "/v1/quota", {}, 400, "invalid", "quotaFrames"],
     ["PUT", "/v1/quota", { quotaFrames: -1 }, 400, "invalid", "quotaFrames"],
     ["PUT", "/v1/quota", { quotaFrames: 1.5 }, 400, "invalid", "quotaFrames"],

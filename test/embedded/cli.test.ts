@@ -136,6 +136,48 @@ for (const frontEnd of FRONT_ENDS) {
   });
 }
 
+for (const speculate of ["neighbours", "stride"])
+  test(`--speculate ${speculate}: a network card that fills its rings asks for less than half of its frames`, async () => {
+    const workload = "nic:mode=fresh,traffic=loopback,seconds=1";
+    const [without, run] = [
+      await result("--workload", workload),
+      await result("--workload", workload, "--speculate", speculate),
+    ];
+    checkSound(run);
+    assert.equal(run.workload.verified, true);
+    const { framesSpeculative, speculation, requests } = run.pins;
+    assert.equal(speculation!.name, speculate);
+    assert.ok(speculation!.saved > 100 && speculation!.saved + speculation!.wasted <= framesSpeculative!);
+    assert.ok(requests! < without.pins.requests! / 2, `${requests} and ${without.pins.requests} requests`);
+    assert.deepEqual([without.pins.framesSpeculative, without.pins.speculation!.saved], [0, 0]);
+  });
+
+test("--speculate ghost: buffers of a disk that come back are pinned before they are asked for", async () => {
+  const workload = "fio:rw=randrw,bs=16k,iodepth=8,seconds=3,size=16M";
+  const run = await result("--workload", workload, "--speculate", "ghost", "--interval", "100ms");
+  checkSound(run);
+  assert.equal(run.workload.verified, true);
+  assert.ok(run.pins.speculation!.saved > 0, JSON.stringify(run.pins));
+});
+
+test("speculation that loses says so in one line, with the figures, and in the result", async () => {
+  const args = [
+    "--workload",
+    "gpu:buffers=2,size=2M,hold=200,seconds=2",
+    "--speculate",
+    "neighbours,judged=16",
+  ];
+  const { code, stdout, stderr } = await new Cli([...EMBEDDED, "--json", "-", ...args]).ended;
+  assert.equal(code, 0, stderr);
+  const { speculation } = (JSON.parse(stdout) as RunResult).pins;
+  assert.match(speculation!.stopped!, /^of the last 16 frames that it pinned, the guest used \d$/);
+  const told = stderr.split("\n").filter((line) => line.includes("--speculate"));
+  assert.equal(told.length, 1, stderr);
+  assert.ok(
+    told[0]!.includes(`--speculate neighbours,judged=16 has switched itself off: ${speculation!.stopped}`),
+  );
+});
+
 test("an image is the disk's backing, and keeps its size", async (t) => {
   const directory = mkdtempSync(join(tmpdir(), "coiommu-test-"));
   t.after(() => rmSync(directory, { recursive: true }));

@@ -63,6 +63,11 @@ const FIELDS: Record<PathOf<RunResult>, true> = {
   "pins.framesFaulted": true,
   "pins.framesCameBack": true,
   "pins.framesSpeculative": true,
+  "pins.speculation.name": true,
+  "pins.speculation.parameters": true,
+  "pins.speculation.saved": true,
+  "pins.speculation.wasted": true,
+  "pins.speculation.stopped": true,
   "pins.framesPeak": true,
   "pins.framesMean": true,
   "pins.framesAtEnd": true,
@@ -92,7 +97,7 @@ export function fieldDifferences(result: object): string[] {
   ];
 }
 
-const FREE: readonly string[] = ["workload.options", "policyParameters"];
+const FREE: readonly string[] = ["workload.options", "policyParameters", "pins.speculation.parameters"];
 
 function pathsOf(value: unknown, at = ""): string[] {
   if (FREE.includes(at) || value === null || typeof value !== "object") return [at];

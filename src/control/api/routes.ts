@@ -8,6 +8,7 @@ import { monotonicClock } from "../../host/clock.ts";
 import { LET_GO_MS_MAX } from "../../machine/qemu/hotplug.ts";
 import { sums } from "../../memory/counters.ts";
 import type { IntervalChoice } from "../../policy/pass-interval.ts";
+import { createSpeculation } from "../../policy/speculation/registry.ts";
 import { meanPinned } from "../../tracking/counters.ts";
 import { LIVES } from "../../tracking/life.ts";
 import type { TrackingCounters } from "../../tracking/tracker.ts";
@@ -17,6 +18,7 @@ import type { LiveMachine } from "../machine.ts";
 import type { PluggedDisks } from "../plugged-disks.ts";
 import { choosePolicy } from "../policy-choice.ts";
 import type { LiveGuest } from "../run.ts";
+import { speculationOf } from "../speculating.ts";
 import { Refusal } from "./refusal.ts";
 import * as schemas from "./schemas.ts";
 
@@ -78,18 +80,20 @@ export const ROUTES: readonly Route[] = [
     ...{ method: "PUT", path: "/v1/policy", summary: "Unpin by another policy from now on" },
     body: schemas.NewPolicy,
     answer: schemas.Policy,
-    async serve({ machine }, { name, parameters, intervalMs }) {
+    async serve({ machine }, { name, parameters, intervalMs, speculate }) {
       const { operator } = machine;
       const interval = intervalMs === undefined ? undefined : intervalOf(intervalMs);
+      const speculation = speculate && choiceOf(speculate.name, speculate.parameters);
+      if (speculation !== undefined) refusing("speculate", () => createSpeculation(speculation));
       if (name !== undefined || parameters !== undefined) {
         const chosen = name ?? operator.policyName;
         refusing("name", () => choosePolicy(chosen));
-        const words = Object.entries(parameters ?? {}).map(([key, value]) => `${key}=${value}`);
-        const choice = [chosen, ...words].join(",");
+        const choice = choiceOf(chosen, parameters);
         refusing("parameters", () => choosePolicy(choice));
         await operator.setPolicy(choice);
       }
       if (interval !== undefined) await operator.setInterval(interval);
+      if (speculation !== undefined) await operator.setSpeculation(speculation);
       return await policyOf(machine);
     },
   }),
@@ -208,13 +212,18 @@ function refusing(field: string, what: () => void): void {
   }
 }
 
+/** As options of the command line have it. */
+const choiceOf = (name: string, parameters: Readonly<Record<string, number | string>> = {}): string =>
+  [name, ...Object.entries(parameters).map(([key, value]) => `${key}=${value}`)].join(",");
+
 function intervalOf(ms: NonNullable<Static<typeof schemas.NewPolicy>["intervalMs"]>): IntervalChoice {
   if (typeof ms === "number") return milliseconds(ms);
   if (ms.min > ms.max) throw new Refusal("invalid", "intervalMs: min is above max", { field: "intervalMs" });
   return { min: milliseconds(ms.min), max: milliseconds(ms.max) };
 }
 
-async function policyOf({ operator, pins }: LiveMachine): Promise<Static<typeof schemas.Policy>> {
+async function policyOf(machine: LiveMachine): Promise<Static<typeof schemas.Policy>> {
+  const { operator, pins } = machine;
   const { policy, interval } = operator;
   if (!policy) throw new Refusal("refused", "this strategy unpins nothing, so it has no policy");
   const { name, parameters } = policy;
@@ -224,6 +233,7 @@ async function policyOf({ operator, pins }: LiveMachine): Promise<Static<typeof 
     intervalMs:
       typeof interval === "number" ? ms(interval) : { min: ms(interval.min), max: ms(interval.max) },
     intervalNowMs: ms(pins.passInterval),
+    speculate: speculationOf(machine),
   };
 }
 
@@ -245,6 +255,7 @@ function trackingOf({ machine, options }: LiveGuest): Static<typeof schemas.Coun
     framesFaulted: tracked("framesFaulted"),
     framesMapped: tracked("framesMapped"),
     framesCameBack: tracked("framesCameBack"),
+    framesSpeculative: tracked("framesSpeculative"),
     passes: tracked("passes"),
   };
 }

@@ -27,8 +27,19 @@ const PolicyInEffect = exactly({
     description: "Times in ms, shares from 0 to 1",
   },
 });
+const Speculate = exactly({
+  name: { ...Type.String(), description: "Of `coiommu policies`" },
+  parameters: PolicyInEffect.properties.parameters,
+  saved: { ...Count, description: "Frames pinned unasked that the guest has used since" },
+  wasted: { ...Count, description: "Those that were unpinned before it did" },
+  stopped: {
+    ...nullable(Type.String()),
+    description: "Why it has switched itself off, until it is set again or the machine is reset",
+  },
+});
 export const Policy = exactly({
   ...PolicyInEffect.properties,
+  speculate: { ...Speculate, description: "What is pinned beside what the guest asks for" },
   state: { ...Type.Record(Type.String(), Type.Number()), description: "What it has learnt" },
   intervalMs: IntervalMs,
   intervalNowMs: { ...Type.Number({ minimum: 0 }), description: "What an adaptive one has come to" },
@@ -41,6 +52,12 @@ export const NewPolicy = Type.Object(
     }),
     parameters: Type.Optional(PolicyInEffect.properties.parameters),
     intervalMs: Type.Optional(IntervalMs),
+    speculate: Type.Optional(
+      exactly({
+        name: { ...Type.String({ minLength: 1 }), description: "The present one keeps what it knows" },
+        parameters: Type.Optional(PolicyInEffect.properties.parameters),
+      }),
+    ),
   },
   { additionalProperties: false, minProperties: 1 },
 );
@@ -154,6 +171,7 @@ const Tracking = exactly({
   framesFirmware: nullable(Count),
   framesFaulted: nullable(Count),
   framesMapped: nullable(Count),
+  framesSpeculative: { ...nullable(Count), description: "Pinned beside what the guest had asked for" },
   framesCameBack: {
     ...nullable(Count),
     description: "Frames that were unpinned, and asked for again within an interval between passes",
