@@ -36,7 +36,7 @@ export function formatEvent({ time, kind, source, ranges }: LoggedEvent): string
 }
 
 /** More than any list of a driver has. */
-const RANGES_MAX = 65_536;
+export const RANGES_MAX = 65_536;
 const RANGE = /^([0-9a-f]{1,11})(?:\+(\d{1,12}))?$/;
 
 /** Undefined for a line that is none. */
