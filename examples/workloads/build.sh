@@ -7,7 +7,7 @@
 # guest; fails when a byte is not what it was.
 set -eu
 modules=24
-sources=12
+sources=16
 disk=/dev/vda
 tree=/mnt
 

@@ -6,7 +6,7 @@ import { bootedVm } from "./support.ts";
 
 const SCRIPT = readFileSync(new URL("../../examples/workloads/build.sh", import.meta.url), "utf8");
 /** Less to build, and no rest. */
-const QUICK = SCRIPT.replace("sources=12", "sources=1").replaceAll(/sleep [\d.]+/g, ":");
+const QUICK = SCRIPT.replace("sources=16", "sources=1").replaceAll(/sleep [\d.]+/g, ":");
 
 test("a build on a tracked disk loses nothing, and needs little of the memory pinned", async (t) => {
   const vm = await bootedVm(t);
