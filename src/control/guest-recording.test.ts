@@ -63,13 +63,17 @@ async function record(t: TestContext, said: Said) {
   await sleep(5);
   await ofGuest.end();
   recording.close();
-  const events = readFileSync(file, "utf8").trimEnd().split("\n").slice(1).map(parseEvent);
-  return { events, warnings, time };
+  const [, ...written] = readFileSync(file, "utf8").trimEnd().split("\n");
+  const lost = written.filter((line) => line.startsWith("#"));
+  const events = written.filter((line) => !line.startsWith("#")).map(parseEvent);
+  return { events, lost, warnings, time };
 }
 
 test("what the guest maps is written down at the host's time", async (t) => {
-  const { events, warnings, time } = await record(t, { lines: (now) => ["# tracer: nop", mapped(now)] });
-  assert.deepEqual(warnings, []);
+  const { events, lost, warnings, time } = await record(t, {
+    lines: (now) => ["# tracer: nop", mapped(now)],
+  });
+  assert.deepEqual([lost, warnings], [[], []]);
   const [event, ...more] = events;
   const source = { cpu: 0, endpoint: 0x20 as Bdf };
   assert.deepEqual({ ...event, time: 0 }, { time: 0, kind: "map", source, ranges: [[5, 1]] });
@@ -78,11 +82,12 @@ test("what the guest maps is written down at the host's time", async (t) => {
 });
 
 test("events that the guest's buffer lost, and lines that are none, are told in one number", async (t) => {
-  const { events, warnings } = await record(t, {
+  const { events, lost, warnings } = await record(t, {
     lines: (now) => [mapped(now), "nonsense", mapped(now, 1), "x".repeat(1000)],
     stats: "entries: 3\noverrun: 1\ncommit overrun: 2\ndropped events: 30\nentries: 2\ndropped events: 400\n",
   });
   assert.equal(events.length, 1);
+  assert.deepEqual(lost, ["# lost 437"]);
   // Of five events four are not there; 433 had no room.
   assert.equal(warnings.length, 1);
   assert.match(

@@ -8,7 +8,7 @@ import type { GuestAgent } from "../machine/qemu/agent.ts";
 import { readGuestFile } from "../machine/qemu/guest-file.ts";
 import { eachLine } from "../machine/qemu/lines.ts";
 import { findMark, TRACE_LINE_MAX, type TraceBounds, TraceReader } from "../machine/qemu/trace-text.ts";
-import { EventLogWriter } from "../wire/event-log.ts";
+import { EventLogWriter, formatLost } from "../wire/event-log.ts";
 import { demand, MAPS_TRACE } from "./guest-side.ts";
 import type { MachineOptions } from "./machine.ts";
 import type { Recording } from "./recording.ts";
@@ -74,6 +74,7 @@ echo ${kib} >buffer_size_kb`;
     onProgress?.("fetching what the guest has mapped");
     try {
       const { missing, full } = await this.#fetch();
+      if (missing > 0) this.#recording.write(formatLost(missing));
       const why = full > 0 ? `; its buffer for ${full} of them was full, and grows with --memory` : "";
       if (missing > 0)
         onWarning?.(`the recording lacks ${missing} of the guest's map and unmap events${why}`);

@@ -27,6 +27,8 @@ const WAKE_MAX = 2e9;
 
 interface Recorded {
   readonly events: readonly LoggedEvent[];
+  /** What the log says itself of events that it lacks. */
+  readonly gap: string | undefined;
   readonly warnings: readonly string[];
 }
 
@@ -43,9 +45,10 @@ async function recorded(
   const recording = new Recording(file, monotonicClock.now(), onWarning);
   await work(recording, onWarning);
   recording.close();
-  const lines = readFileSync(file, "utf8").trimEnd().split("\n").slice(1);
+  const [, ...lines] = readFileSync(file, "utf8").trimEnd().split("\n");
+  const gap = lines.at(-1)?.startsWith("# lost ") ? lines.pop()! : undefined;
   const events = lines.map((line) => parseEvent(line) ?? assert.fail(`no event: ${line}`));
-  return { events, warnings };
+  return { events, gap, warnings };
 }
 
 /** Of a whole run; without warnings. */
@@ -272,7 +275,7 @@ test("what the guest's buffer has no room for is told, and what it has is whole"
   const { agent } = qemu;
   const times = 200;
   const pieces = LISTS[2]!;
-  const { events, warnings } = await recorded(t, async (recording, onWarning) => {
+  const { events, gap, warnings } = await recorded(t, async (recording, onWarning) => {
     recording.head({ memoryMiB: MACHINE.memoryMiB, machine: "qemu", workload: "self-test" });
     const settings = { ...MACHINE, frames: MACHINE.memoryMiB * 256, onWarning };
     const ofGuest = await GuestRecording.begin(agent, recording, settings);
@@ -292,6 +295,7 @@ test("what the guest's buffer has no room for is told, and what it has is whole"
   assert.equal(warnings.length, 1);
   const [, missing, full] = /lacks (\d+) of .* for (\d+) of them was full/.exec(warnings[0]!) ?? [];
   assert.equal(Number(missing), lacking);
+  assert.equal(gap, `# lost ${lacking}`);
   // The rest is the part of a list for which there was room.
   assert.ok(Number(full) > lacking - 2 * pieces.length && Number(full) <= lacking, warnings[0]);
 });
