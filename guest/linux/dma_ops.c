@@ -10,11 +10,15 @@
  * taken back and the caller sees a failure that it may retry.
  */
 #include <linux/dma-direct.h>
+#include <linux/irqflags.h>
 #include <linux/mm.h>
 #include <linux/pfn.h>
 #include <linux/scatterlist.h>
 
 #include "coiommu.h"
+
+#define CREATE_TRACE_POINTS
+#include "trace.h"
 
 static inline phys_addr_t device_sees(struct coiommu_hook *hook, dma_addr_t addr)
 {
@@ -66,6 +70,7 @@ int coiommu_track(struct coiommu_hook *hook, dma_addr_t addr, size_t size,
 	}
 	coiommu_count(map);
 	coiommu_add(frames_mapped, nr);
+	trace_coiommu_map(hook, addr, size, 0);
 	return 0;
 failed:
 	coiommu_count(map_failed);
@@ -75,11 +80,29 @@ failed:
 void coiommu_untrack(struct coiommu_hook *hook, dma_addr_t addr, size_t size,
 		     enum dma_data_direction dir)
 {
-	u64 done = coiommu_dtt_put(first_gfn(hook, addr), nr_frames(addr, size),
-				   device_writes(dir));
+	u64 done;
 
+	trace_coiommu_unmap(hook, addr, size, 0);
+	done = coiommu_dtt_put(first_gfn(hook, addr), nr_frames(addr, size), device_writes(dir));
 	coiommu_count(unmap);
 	coiommu_add(frames_unmapped, done);
+}
+
+/* Interrupts are off, because their handlers map and unmap: see trace.h. */
+static noinline void trace_sg(struct coiommu_hook *hook, struct scatterlist *sgl, int nents,
+			      bool map)
+{
+	struct scatterlist *sg;
+	unsigned long flags;
+	int i;
+
+	local_irq_save(flags);
+	for_each_sg(sgl, sg, nents, i)
+		if (map)
+			trace_coiommu_map(hook, sg_dma_address(sg), sg_dma_len(sg), nents - 1 - i);
+		else
+			trace_coiommu_unmap(hook, sg_dma_address(sg), sg_dma_len(sg), nents - 1 - i);
+	local_irq_restore(flags);
 }
 
 static u64 put_sg(struct coiommu_hook *hook, struct scatterlist *sgl, int nents, bool written)
@@ -132,6 +155,8 @@ int coiommu_track_sg(struct coiommu_hook *hook, struct scatterlist *sgl, int nen
 	}
 	coiommu_count(map);
 	coiommu_add(frames_mapped, frames);
+	if (trace_coiommu_map_enabled())
+		trace_sg(hook, sgl, nents, true);
 	return 0;
 failed:
 	put_sg(hook, sgl, i, false);
@@ -142,8 +167,11 @@ failed:
 void coiommu_untrack_sg(struct coiommu_hook *hook, struct scatterlist *sgl, int nents,
 			enum dma_data_direction dir)
 {
-	u64 done = put_sg(hook, sgl, nents, device_writes(dir));
+	u64 done;
 
+	if (trace_coiommu_unmap_enabled())
+		trace_sg(hook, sgl, nents, false);
+	done = put_sg(hook, sgl, nents, device_writes(dir));
 	coiommu_count(unmap);
 	coiommu_add(frames_unmapped, done);
 }

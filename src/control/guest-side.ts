@@ -10,6 +10,8 @@ import { hasDriver, isRemapping, type Strategy } from "./strategy.ts";
 
 const SETUP_MS = 60_000;
 const DEBUGFS = "/sys/kernel/debug/coiommu";
+/** Where the module's trace events go, in a recording. */
+export const MAPS_TRACE = "/sys/kernel/tracing/instances/coiommu_maps";
 
 /** Run a script in the guest that has to succeed; returns what it printed. */
 export async function demand(agent: GuestAgent, script: string, what: string): Promise<string> {
@@ -23,7 +25,11 @@ export async function loadDrivers(
   agent: GuestAgent,
   guest: Guest,
   strategy: Strategy,
-  { faultCapable = false, frontEnd }: Pick<MachineOptions, "faultCapable" | "frontEnd"> = {},
+  {
+    faultCapable = false,
+    frontEnd,
+    recording,
+  }: Pick<MachineOptions, "faultCapable" | "frontEnd" | "recording"> = {},
 ): Promise<void> {
   const driven = hasDriver(strategy);
   const parameters = [
@@ -34,6 +40,7 @@ export async function loadDrivers(
   ];
   const script = `set -e
 ${driven ? ["modprobe", guest.moduleName, ...parameters].join(" ") : ""}
+${recording ? `echo 1 >${MAPS_TRACE}/events/coiommu/enable` : ""}
 modprobe virtio_pci
 modprobe virtio_blk
 modprobe virtio_balloon

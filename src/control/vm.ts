@@ -8,6 +8,7 @@ import type { TrackingCounters } from "../tracking/tracker.ts";
 import { Balloon } from "./balloon.ts";
 import { DirtyFrames } from "./dirty.ts";
 import { DISK_BDF, DISK_SLOT } from "./disk.ts";
+import { GuestRecording } from "./guest-recording.ts";
 import {
   countersAfterOneSecond,
   loadDrivers,
@@ -72,6 +73,7 @@ export class Vm implements Machine {
   readonly failed: Promise<never>;
   readonly #options: VmOptions;
   readonly #parts: Parts;
+  #recording: GuestRecording | undefined;
   #closing: Promise<MachineEnd> | undefined;
 
   private constructor(qemu: Qemu, started: Started, parts: Parts, disk: DiskPart, options: VmOptions) {
@@ -93,8 +95,11 @@ export class Vm implements Machine {
   /** Throws UserError when a part cannot start; then nothing is left behind. */
   static async start(options: VmOptions): Promise<Vm> {
     const { faultCapable = false } = options;
-    const frames = (options.memoryMiB * 2 ** 20) / FRAME_SIZE + PCI_HOLE_FRAMES;
-    const parts = new Parts({ ...options, frames, assigned: [{ bdf: DISK_BDF, gate: 0, faultCapable }] });
+    const parts = new Parts({
+      ...options,
+      frames: framesOf(options),
+      assigned: [{ bdf: DISK_BDF, gate: 0, faultCapable }],
+    });
     let qemu: Qemu | undefined;
     try {
       const disk = await parts.addDisk(options.disk, (error) => parts.failed.reject(error));
@@ -130,7 +135,9 @@ export class Vm implements Machine {
   async boot(): Promise<Booted> {
     const kernel = await this.qemu.agent.hello(USERSPACE_MS);
     const userspaceAt = monotonicClock.now();
-    const { guest, strategy } = this.#options;
+    const { guest, strategy, recording } = this.#options;
+    const settings = { ...this.#options, frames: framesOf(this.#options) };
+    if (recording) this.#recording = await GuestRecording.begin(this.qemu.agent, recording, settings);
     await loadDrivers(this.qemu.agent, guest, strategy, this.#options);
     return { kernel, userspaceAt };
   }
@@ -145,6 +152,7 @@ export class Vm implements Machine {
   async shutDown(): Promise<(DriverState & { live: number }) | null> {
     const { agent } = this.qemu;
     await unbindDisk(agent);
+    await this.#recording?.end();
     if (!this.#driven) return null;
     const counters = await readCounters(agent);
     const last = stateOf(counters);
@@ -166,6 +174,9 @@ export class Vm implements Machine {
     return hasDriver(this.#options.strategy);
   }
 }
+
+const framesOf = ({ memoryMiB }: Pick<MachineOptions, "memoryMiB">): number =>
+  (memoryMiB * 2 ** 20) / FRAME_SIZE + PCI_HOLE_FRAMES;
 
 const devicesOf = (parts: Parts, disk: DiskPart, { bootFromDisk, hotplug }: VmOptions): QemuDevice[] => [
   {

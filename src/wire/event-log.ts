@@ -5,6 +5,7 @@
  *     {"format":"coiommu-log/1","memoryMiB":1024,…}
  *     1203400 0 0000:00:04.0 map 1a2b 1a2d+3          ns since the start, CPU, function, event, frames in hex
  *     1203950 - - pinned 1a2b                         of the host
+ *     # lost 17                                       events that should be here
  */
 import { type Bdf, formatBdf, GFN_LIMIT, type Gfn, parseBdf } from "../base/units.ts";
 
@@ -35,8 +36,10 @@ export function formatEvent({ time, kind, source, ranges }: LoggedEvent): string
   return `${Math.round(time)} ${who} ${kind} ${frames.join(" ")}\n`;
 }
 
+export const formatLost = (events: number): string => `# lost ${events}\n`;
+
 /** More than any list of a driver has. */
-const RANGES_MAX = 65_536;
+export const RANGES_MAX = 65_536;
 const RANGE = /^([0-9a-f]{1,11})(?:\+(\d{1,12}))?$/;
 
 /** Undefined for a line that is none. */

@@ -6,7 +6,7 @@ import { loadDrivers } from "../../src/control/guest-side.ts";
 import { Vm, type VmOptions } from "../../src/control/vm.ts";
 import { StatusField } from "../../src/host/process-status.ts";
 import type { GuestAgent } from "../../src/machine/qemu/agent.ts";
-import { ensureGuest } from "../../src/machine/qemu/guest.ts";
+import { ensureGuest, type Guest } from "../../src/machine/qemu/guest.ts";
 import { LIVES } from "../../src/tracking/life.ts";
 import { eventually } from "../support/eventually.ts";
 
@@ -36,24 +36,25 @@ export async function bootedVm(
 
 const guestOf = (t: TestContext) => ensureGuest((text) => t.diagnostic(text));
 
+/** What a test's VM is like unless it says otherwise. */
+export const vmOptions = (guest: Guest): VmOptions => ({
+  guest,
+  memoryMiB: 512,
+  cpus: 2,
+  accel: "auto",
+  strategy: "coiommu",
+  policy: "lru",
+  interval: milliseconds(INTERVAL_MS),
+  quota: Number.POSITIVE_INFINITY,
+  beforeActivation: "bios",
+  activationTimeout: Number.POSITIVE_INFINITY,
+  pinner: "io_uring",
+  disk: { sizeMiB: 128 },
+});
+
 /** Power it on, no more. */
 export async function startedVm(t: TestContext, overrides: Partial<VmOptions> = {}): Promise<Vm> {
-  const options: VmOptions = {
-    guest: await guestOf(t),
-    memoryMiB: 512,
-    cpus: 2,
-    accel: "auto",
-    strategy: "coiommu",
-    policy: "lru",
-    interval: milliseconds(INTERVAL_MS),
-    quota: Number.POSITIVE_INFINITY,
-    beforeActivation: "bios",
-    activationTimeout: Number.POSITIVE_INFINITY,
-    pinner: "io_uring",
-    disk: { sizeMiB: 128 },
-    ...overrides,
-  };
-  const vm = await Vm.start(options);
+  const vm = await Vm.start({ ...vmOptions(overrides.guest ?? (await guestOf(t))), ...overrides });
   t.after(() => vm.close());
   await vm.resume();
   return vm;

@@ -1,29 +1,14 @@
 import assert from "node:assert/strict";
-import { Duplex } from "node:stream";
 import { test } from "node:test";
 import { gzipSync } from "node:zlib";
+import { AgentInGuest } from "../../../test/support/agent-in-guest.ts";
 import { UserError } from "../../base/errors.ts";
 import { GuestAgent } from "./agent.ts";
-
-/** The guest's end of the line: collects what is asked, says what the test wants. */
-class Guest extends Duplex {
-  readonly asked: { id: string; script: string }[] = [];
-
-  override _read(): void {}
-  override _write(chunk: Buffer, _: string, done: () => void): void {
-    for (const [, id, script] of chunk.toString().matchAll(/^(\d+) (\S+)$/gm))
-      this.asked.push({ id: id!, script: Buffer.from(script!, "base64").toString() });
-    done();
-  }
-  answer(id: string, code: number, output: string): void {
-    this.push(`\n${id} ${code} ${gzipSync(output).toString("base64")}\n`);
-  }
-}
 
 const options = { timeoutMs: 5_000, what: "a test" };
 
 test("answers find their commands in any order, through stray bytes", async () => {
-  const guest = new Guest();
+  const guest = new AgentInGuest();
   const agent = new GuestAgent(guest, () => "");
   const first = agent.run("echo 1", options);
   const second = agent.run("echo 2", options);
@@ -39,7 +24,7 @@ test("answers find their commands in any order, through stray bytes", async () =
 });
 
 test("an answer in pieces is one answer", async () => {
-  const guest = new Guest();
+  const guest = new AgentInGuest();
   const result = new GuestAgent(guest, () => "").run("x", options);
   const line = `${guest.asked[0]!.id} 0 ${gzipSync("whole").toString("base64")}\n`;
   for (const byte of line) guest.push(byte);
@@ -47,7 +32,7 @@ test("an answer in pieces is one answer", async () => {
 });
 
 test("hello tells the kernel, even after noise on the line", async () => {
-  const guest = new Guest();
+  const guest = new AgentInGuest();
   const agent = new GuestAgent(guest, () => "");
   guest.push("noisecoiommu-agent 1 6.1.0-test\n");
   assert.equal(await agent.hello(1_000), "6.1.0-test");
@@ -57,13 +42,13 @@ const says = (pattern: RegExp) => (error: unknown) =>
   error instanceof UserError && error.exitCode === 1 && pattern.test(error.message);
 
 test("what hangs is named, with the console's last line", async () => {
-  const agent = new GuestAgent(new Guest(), () => "Kernel panic");
+  const agent = new GuestAgent(new AgentInGuest(), () => "Kernel panic");
   await assert.rejects(agent.hello(5), says(/user space within 0.005 s.*Kernel panic/));
   await assert.rejects(agent.run("x", { timeoutMs: 5, what: "fio" }), says(/^fio .*Kernel panic/));
 });
 
 test("the end of QEMU fails what is under way and what comes later", async () => {
-  const agent = new GuestAgent(new Guest(), () => "");
+  const agent = new GuestAgent(new AgentInGuest(), () => "");
   const running = agent.run("x", options);
   agent.fail("QEMU was killed by SIGKILL");
   await assert.rejects(running, says(/SIGKILL during a test/));
@@ -72,8 +57,21 @@ test("the end of QEMU fails what is under way and what comes later", async () =>
 });
 
 test("a damaged answer is an error, not output", async () => {
-  const guest = new Guest();
+  const guest = new AgentInGuest();
   const result = new GuestAgent(guest, () => "").run("x", options);
   guest.push(`${guest.asked[0]!.id} 0 AAAA\n`);
   await assert.rejects(result, says(/damaged/));
+});
+
+test("a mark is asked for without a script, and its number comes back", async () => {
+  const guest = new AgentInGuest();
+  const agent = new GuestAgent(guest, () => "");
+  const marked = agent.mark(5_000);
+  const refused = agent.mark(5_000);
+  assert.deepEqual(guest.marks, ["1", "2"]);
+  assert.deepEqual(guest.asked, []);
+  guest.answer("2", 1, "");
+  guest.answer("1", 0, "");
+  assert.equal(await marked, 1);
+  await assert.rejects(refused, /takes no marks/);
 });

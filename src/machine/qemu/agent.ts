@@ -57,12 +57,23 @@ export class GuestAgent {
   }
 
   /** Run a shell script in the guest. Resolves when it ends, whatever its exit code. */
-  async run(script: string, { timeoutMs, what }: RunOptions): Promise<CommandResult> {
-    if (this.#failure) throw this.#failure;
+  run(script: string, options: RunOptions): Promise<CommandResult> {
+    return this.#ask(this.#nextId++, Buffer.from(script).toString("base64"), options);
+  }
+
+  /** Have the guest write a number into its kernel's trace, without any process for it; resolves with the number. */
+  async mark(timeoutMs: number): Promise<number> {
     const id = this.#nextId++;
+    const { code } = await this.#ask(id, "!", { timeoutMs, what: "marking the guest's trace" });
+    if (code !== 0) throw new UserError("the guest's trace takes no marks", 1);
+    return id;
+  }
+
+  async #ask(id: number, request: string, { timeoutMs, what }: RunOptions): Promise<CommandResult> {
+    if (this.#failure) throw this.#failure;
     const { promise, resolve, reject } = Promise.withResolvers<CommandResult>();
     this.#pending.set(id, { what, resolve, reject });
-    this.#stream.write(`\n${id} ${Buffer.from(script).toString("base64")}\n`);
+    this.#stream.write(`\n${id} ${request}\n`);
     const late = () => this.#hung(`${what} did not end in the guest`, timeoutMs);
     const stopNudging = every(NUDGE_MS, () => this.#stream.write("\n"));
     try {
