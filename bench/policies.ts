@@ -10,6 +10,7 @@ import { promisify } from "node:util";
 import { FRAME_SIZE, milliseconds } from "../src/base/units.ts";
 import { ADAPTIVE_BOUNDS, type IntervalChoice } from "../src/policy/pass-interval.ts";
 import { createPolicy } from "../src/policy/registry.ts";
+import { createSpeculation } from "../src/policy/speculation/registry.ts";
 import { Optimal } from "../src/replay/optimal.ts";
 import { replay } from "../src/replay/replay.ts";
 import { readTrace, type Trace } from "../src/replay/trace.ts";
@@ -37,10 +38,12 @@ const INTERVALS: Readonly<Record<string, IntervalChoice>> = {
   "3s": milliseconds(3000),
   adaptive: ADAPTIVE_BOUNDS,
 };
+export const SPECULATIONS = ["off", "ghost", "neighbours", "stride"] as const;
 export const POLICIES = ["lru", "generations", "clock", "working-set", "off"] as const;
 
 export interface Point {
   readonly policy: string;
+  readonly speculate: string;
   readonly interval: string;
   readonly maps: number;
   readonly requests: number;
@@ -50,7 +53,10 @@ export interface Point {
   readonly steadyPer1000: number | null;
   readonly meanMiB: number;
   readonly peakMiB: number;
-  readonly cameBack: number;
+  /** Frames pinned unasked that were used, and that were not; whether the speculation stopped itself. */
+  readonly saved: number;
+  readonly wasted: number;
+  readonly stopped: boolean;
   /** Pinned frame-seconds over the least that is possible with as many mappings that ask. */
   readonly ofOptimal: number | null;
 }
@@ -95,9 +101,13 @@ function measure(name: string, trace: Trace): PolicyWorkload {
   const optimal = new Optimal(trace);
   const points = POLICIES.flatMap((policy) =>
     Object.entries(INTERVALS)
-      // It has no passes.
-      .filter(([interval]) => policy !== "off" || interval === "1s")
-      .map(([interval, choice]) => pointOf(trace, optimal, policy, interval, choice)),
+      .filter(([, choice]) => policy !== "off" || choice === ADAPTIVE_BOUNDS)
+      .flatMap(([interval, choice]) =>
+        // Speculations at the default interval.
+        SPECULATIONS.filter((speculate) => speculate === "off" || choice === ADAPTIVE_BOUNDS).map(
+          (speculate) => pointOf(trace, optimal, { policy, speculate, interval, choice }),
+        ),
+      ),
   );
   const maps = trace.events.filter(({ kind }) => kind === "map").length;
   const seconds = trace.events.at(-1)!.time / 1e9;
@@ -109,27 +119,31 @@ function measure(name: string, trace: Trace): PolicyWorkload {
   };
 }
 
-function pointOf(
-  trace: Trace,
-  optimal: Optimal,
-  policy: string,
-  interval: string,
-  choice: IntervalChoice,
-): Point {
+interface Setting {
+  readonly policy: string;
+  readonly speculate: string;
+  readonly interval: string;
+  readonly choice: IntervalChoice;
+}
+
+function pointOf(trace: Trace, optimal: Optimal, { policy, speculate, interval, choice }: Setting): Point {
   const settings = {
-    policy: createPolicy(policy),
-    interval: choice,
-    quota: Number.POSITIVE_INFINITY,
-    pressure: 0,
+    ...{ policy: createPolicy(policy), speculation: createSpeculation(speculate), interval: choice },
+    ...{ quota: Number.POSITIVE_INFINITY, pressure: 0 },
   };
   const { pins, maps, asks, steady, frameSeconds, seconds } = replay(trace, settings);
   const least = optimal.frameSeconds(asks);
   return {
-    ...{ policy, interval, maps, requests: pins.pinRequests },
+    ...{ policy, speculate, interval, maps, requests: pins.pinRequests },
     per1000: (1000 * pins.pinRequests) / maps,
     asksPer1000: (1000 * asks) / maps,
     steadyPer1000: steady.maps > 0 ? (1000 * steady.pinRequests) / steady.maps : null,
-    ...{ meanMiB: mib(frameSeconds / seconds), peakMiB: mib(pins.framesPeak), cameBack: pins.framesCameBack },
+    ...{ meanMiB: mib(frameSeconds / seconds), peakMiB: mib(pins.framesPeak) },
+    ...{
+      saved: pins.speculationSaved,
+      wasted: pins.speculationWasted,
+      stopped: pins.speculationStopped === 1,
+    },
     ofOptimal: least ? frameSeconds / least : null,
   };
 }

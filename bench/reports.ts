@@ -5,7 +5,7 @@ import type { ExtentsReport } from "./extents.ts";
 import type { HotPathCase } from "./hot-path.ts";
 import type { Distribution, PassReport } from "./pass.ts";
 import { barPlot, pointPlot } from "./plot.ts";
-import type { PoliciesReport, PolicyWorkload } from "./policies.ts";
+import type { Point, PoliciesReport, PolicyWorkload } from "./policies.ts";
 import type { LiveReport } from "./policies-live.ts";
 
 export interface Machine {
@@ -99,18 +99,15 @@ export function pass(report: PassReport & { readonly machine: Machine }): Writte
 export function policies({ workloads }: PoliciesReport): Written {
   const texts = workloads.map((w) => {
     const rows = table(
-      "policy",
-      "interval",
-      "exits / 1,000 maps",
-      "after 1 s",
-      "mean MiB",
-      "peak MiB",
-      "of optimal",
+      ...["policy", "speculation", "interval", "exits / 1,000 maps", "after 1 s"],
+      ...["mean MiB", "peak MiB", "of optimal", "used", "wasted"],
     );
     for (const p of w.points)
       rows.push([
-        ...[p.policy, p.interval, figure(p.per1000), figure(p.steadyPer1000)],
-        ...[figure(p.meanMiB), figure(p.peakMiB), p.ofOptimal === null ? "-" : `${p.ofOptimal.toFixed(3)}x`],
+        ...[p.policy, p.speculate + (p.stopped ? " (stopped)" : ""), p.interval],
+        ...[figure(p.per1000), figure(p.steadyPer1000), figure(p.meanMiB), figure(p.peakMiB)],
+        p.ofOptimal === null ? "-" : `${p.ofOptimal.toFixed(3)}x`,
+        ...(p.speculate === "off" ? ["", ""] : [p.saved, p.wasted]),
       ]);
     return `${w.name}: ${w.workload}, ${w.events} events in ${w.seconds.toFixed(1)} s\n${rows}\n`;
   });
@@ -124,6 +121,7 @@ export function policiesLive({ runs }: LiveReport): Written {
   const rows = table(
     "workload",
     "policy",
+    "speculation",
     "exits / 1,000 maps",
     "after 1 s",
     "mean MiB",
@@ -133,14 +131,16 @@ export function policiesLive({ runs }: LiveReport): Written {
   );
   for (const r of runs)
     rows.push([
-      ...[r.workload, r.policy, figure(r.per1000), figure(r.steadyPer1000)],
+      ...[r.workload, r.policy, r.speculate, figure(r.per1000), figure(r.steadyPer1000)],
       ...[figure(r.meanMiB), figure(r.peakMiB), figure(r.iops), r.wrong],
     ]);
   return { text: `one run each, live\n${rows}`, plots: {} };
 }
 
 function paretoOf({ name, workload, seconds, points, optimal }: PolicyWorkload): string {
-  const byPolicy = Map.groupBy(points, ({ policy }) => policy);
+  const speculating = (p: Point) => p.policy === "lru" && p.speculate !== "off";
+  const shown = points.filter((p) => p.speculate === "off" || speculating(p));
+  const bySeries = Map.groupBy(shown, (p) => (speculating(p) ? `lru + ${p.speculate}` : p.policy));
   return pointPlot({
     title: `${name}: pinned memory against exits`,
     subtitle: `${workload}, ${seconds.toFixed(0)} s; a dot for each interval between passes; the line: what no policy on request beats`,
@@ -148,8 +148,8 @@ function paretoOf({ name, workload, seconds, points, optimal }: PolicyWorkload):
     y: { name: "pinned on average, MiB" },
     series: [
       { name: "optimal", line: true, points: optimal },
-      ...[...byPolicy].map(([policy, of]) => ({
-        name: policy,
+      ...[...bySeries].map(([name, of]) => ({
+        name,
         line: false,
         points: of.map((p): [number, number] => [p.asksPer1000, p.meanMiB]),
       })),

@@ -3,7 +3,10 @@ import { UserError } from "../base/errors.ts";
 import { FRAME_SIZE, formatBdf, type Nanoseconds } from "../base/units.ts";
 import { choosePolicy } from "../control/policy-choice.ts";
 import type { IntervalChoice } from "../policy/pass-interval.ts";
+import type { UnpinPolicy } from "../policy/policy.ts";
 import { policies } from "../policy/registry.ts";
+import { createSpeculation } from "../policy/speculation/registry.ts";
+import type { Speculation } from "../policy/speculation/speculation.ts";
 import { Optimal } from "../replay/optimal.ts";
 import { type Replayed, replay } from "../replay/replay.ts";
 import { readTrace, type Trace } from "../replay/trace.ts";
@@ -14,6 +17,7 @@ import { parseQuota, parseShare, type Quota, quotaFrames } from "./units.ts";
 
 interface ReplayOptions {
   readonly policy: readonly string[];
+  readonly speculate: readonly string[];
   readonly interval: Nanoseconds | "adaptive";
   readonly intervalMin?: Nanoseconds;
   readonly intervalMax?: Nanoseconds;
@@ -40,6 +44,13 @@ export function replayCommand(): Command {
     [],
     "",
   );
+  option(
+    "--speculate <name>",
+    "as for `coiommu run`; may be given more than once, and each policy is played with each (default: off)",
+    (text, list) => [...(list as string[]), createSpeculation(text as string) && text],
+    [],
+    "",
+  );
   addIntervalOptions(option);
   option("--quota <limit>", "most the guest may have pinned", parseQuota);
   option(
@@ -58,10 +69,13 @@ export function replayCommand(): Command {
       const trace = await readTrace(file);
       if (trace.events.length === 0) throw new UserError(`${file}: nothing is mapped in it`, 1);
       const choices = options.policy.length > 0 ? options.policy : policies.map(({ name }) => name);
-      const rows = choices.map((choice) => {
-        progress.step(`replaying ${trace.events.length} events under ${choice}`);
-        return replayed(trace, choice, interval, options);
-      });
+      const speculations = options.speculate.length > 0 ? options.speculate : ["off"];
+      const rows = choices.flatMap((choice) =>
+        speculations.map((speculate) => {
+          progress.step(`replaying ${trace.events.length} events under ${choice}, speculation ${speculate}`);
+          return replayed(trace, choice, speculate, interval, options);
+        }),
+      );
       progress.stop();
       tellTrouble(trace, progress);
       const optimal = new Optimal(trace);
@@ -74,15 +88,23 @@ export function replayCommand(): Command {
 }
 
 interface Row {
-  readonly policy: ReturnType<typeof choosePolicy>;
+  readonly policy: UnpinPolicy;
+  readonly speculation: Speculation;
   readonly quota: number;
   readonly outcome: Replayed;
 }
 
-function replayed(trace: Trace, choice: string, interval: IntervalChoice, options: ReplayOptions): Row {
-  const policy = choosePolicy(choice);
+function replayed(
+  trace: Trace,
+  choice: string,
+  speculate: string,
+  interval: IntervalChoice,
+  options: ReplayOptions,
+): Row {
+  const [policy, speculation] = [choosePolicy(choice), createSpeculation(speculate)];
   const quota = quotaFrames(options.quota, trace.header.memoryMiB);
-  return { policy, quota, outcome: replay(trace, { policy, interval, quota, pressure: options.pressure }) };
+  const settings = { policy, speculation, interval, quota, pressure: options.pressure };
+  return { policy, speculation, quota, outcome: replay(trace, settings) };
 }
 
 function tellTrouble({ file, malformed, firstMalformed, unmatchedUnmaps }: Trace, progress: Progress): void {
@@ -101,16 +123,17 @@ const ratioToOptimal = ({ asks, frameSeconds }: Replayed, optimal: Optimal): num
 function tableOf(rows: readonly Row[], optimal: Optimal): string {
   const mib = (frames: number) => number((frames * FRAME_SIZE) / 2 ** 20);
   const head = [
-    ...["policy", "pin requests", "per 1,000 maps", "after 1 s", "came back"],
+    ...["policy", "speculation", "pin requests", "per 1,000 maps", "after 1 s", "came back"],
     ...["pinned mean, MiB", "peak, MiB", "of optimal"],
   ];
   return plainTable(
     head,
-    rows.map(({ policy, outcome }) => {
+    rows.map(({ policy, speculation, outcome }) => {
       const { pins, maps, steady, frameSeconds, seconds } = outcome;
       const ratio = ratioToOptimal(outcome, optimal);
       return [
         policy.name,
+        speculation.name + (pins.speculationStopped ? " (stopped)" : ""),
         number(pins.pinRequests),
         number((1000 * pins.pinRequests) / maps),
         steady.maps > 0 ? number((1000 * steady.pinRequests) / steady.maps) : "-",
@@ -136,7 +159,7 @@ const resultOf = (trace: Trace, rows: readonly Row[], optimal: Optimal) => ({
     devices: [...new Set(trace.events.map(({ endpoint }) => formatBdf(endpoint)))],
     durationMs: trace.events.at(-1)!.time / 1e6,
   },
-  results: rows.map(({ policy, quota, outcome }) => {
+  results: rows.map(({ policy, speculation, quota, outcome }) => {
     const { pins, frameSeconds, seconds } = outcome;
     const framesMean = seconds > 0 ? frameSeconds / seconds : pins.framesNow;
     return {
@@ -152,6 +175,12 @@ const resultOf = (trace: Trace, rows: readonly Row[], optimal: Optimal) => ({
         framesPinned: pins.framesPinned,
         framesUnpinned: pins.framesUnpinned,
         framesCameBack: pins.framesCameBack,
+        framesSpeculative: pins.framesSpeculative,
+        speculation: {
+          ...{ name: speculation.name, parameters: speculation.parameters },
+          ...{ saved: pins.speculationSaved, wasted: pins.speculationWasted },
+          stopped: pins.speculationStopped === 1,
+        },
         framesPeak: pins.framesPeak,
         framesMean,
         framesAtEnd: pins.framesNow,

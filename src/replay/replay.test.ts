@@ -4,6 +4,7 @@ import { random } from "../../test/support/random.ts";
 import type { Bdf } from "../base/units.ts";
 import { milliseconds } from "../base/units.ts";
 import { createPolicy, policies } from "../policy/registry.ts";
+import { createSpeculation } from "../policy/speculation/registry.ts";
 import { formatEvent, LOG_FORMAT, type LoggedEvent } from "../wire/event-log.ts";
 import { Optimal } from "./optimal.ts";
 import { type Replayed, replay } from "./replay.ts";
@@ -21,7 +22,10 @@ const traceOf = (...steps: Step[]): Promise<Trace> =>
   parseLines("test.log", [HEADER, ...steps.map((step) => formatEvent(event(step)).trimEnd())]);
 
 const under = (trace: Trace, choice = "lru", intervalMs = 100, quota = Number.POSITIVE_INFINITY): Replayed =>
-  replay(trace, { policy: createPolicy(choice), interval: milliseconds(intervalMs), quota, pressure: 1 });
+  replay(trace, {
+    ...{ policy: createPolicy(choice), speculation: createSpeculation("off") },
+    ...{ interval: milliseconds(intervalMs), quota, pressure: 1 },
+  });
 
 // --- traces --------------------------------------------------------------------------------------------------------
 
@@ -104,6 +108,19 @@ test("at the quota mappings are refused, and their unmaps left out", async () =>
   );
   const { pins } = under(trace, "off", 100, 4);
   assert.deepEqual([pins.pinRequestsRefused, pins.framesPeak, pins.framesNow], [1, 4, 4]);
+});
+
+test("a speculation pins the neighbours of what is asked for, and is judged", async () => {
+  const steps = Array.from({ length: 300 }, (_, i): Step => [i, "map", 512 + i]);
+  const trace = await traceOf(...steps);
+  const settings = { interval: milliseconds(100), quota: Number.POSITIVE_INFINITY, pressure: 0 };
+  const play = (choice: string) =>
+    replay(trace, { ...settings, policy: createPolicy("lru"), speculation: createSpeculation(choice) });
+  assert.equal(play("off").asks, 300);
+  const { asks, pins } = play("neighbours,budget=32");
+  assert.ok(asks <= 12, `${asks} ask`);
+  assert.ok(pins.framesSpeculative >= 280 && pins.speculationSaved >= 200, `${pins.speculationSaved} saved`);
+  assert.equal(pins.speculationStopped, 0);
 });
 
 test("the first second counts for the whole, and not for the steady state", async () => {

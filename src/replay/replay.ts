@@ -8,6 +8,7 @@ import { counters, countersBuffer } from "../memory/counters.ts";
 import { GuestMemory } from "../memory/guest-memory.ts";
 import { type IntervalChoice, PassInterval } from "../policy/pass-interval.ts";
 import type { UnpinPolicy } from "../policy/policy.ts";
+import type { Speculation } from "../policy/speculation/speculation.ts";
 import { createIommuBuffer, SoftwareIommu } from "../tracking/software-iommu.ts";
 import { TRACKING_COUNTERS, Tracker, type TrackingCounters } from "../tracking/tracker.ts";
 import { VIRTIO_IOMMU_S_OK } from "../wire/virtio-iommu.ts";
@@ -16,6 +17,7 @@ import { framesOf, type Trace, type TraceEvent } from "./trace.ts";
 
 export interface ReplaySettings {
   readonly policy: UnpinPolicy;
+  readonly speculation: Speculation;
   readonly interval: IntervalChoice;
   /** Frames; Infinity for no limit. */
   readonly quota: number;
@@ -43,7 +45,8 @@ const SECOND = 1e9;
 
 /**
  * A guest that maps and unmaps as in a trace, over the production driver's table and the production tracking code. Passes
- * take no time. A mapping that is refused, for the quota, is left out; a real guest would try it again.
+ * take no time. A mapping that is refused, for the quota, is left out; a real guest would try it again. All of the guest's
+ * memory is there: a real speculation leaves out what the guest has never touched.
  */
 export function replay(trace: Trace, settings: ReplaySettings): Replayed {
   return new Replay(trace, settings).run();
@@ -62,7 +65,7 @@ class Replay {
   #now = 0;
   #passDue: number;
 
-  constructor(trace: Trace, { policy, interval, quota, pressure }: ReplaySettings) {
+  constructor(trace: Trace, { policy, speculation, interval, quota, pressure }: ReplaySettings) {
     this.#trace = trace;
     this.#interval = new PassInterval(interval);
     this.#passDue = this.#interval.now;
@@ -71,11 +74,13 @@ class Replay {
     const tableFrames = Math.ceil(trace.framesEnd / 1024) + 8;
     const frames = trace.framesEnd + tableFrames;
     const bytes = new Uint8Array(new SharedArrayBuffer(frames * FRAME_SIZE));
-    const memory = new GuestMemory([{ gpa: 0 as Gpa, size: bytes.length, hostAddress: 0, bytes }]);
+    const memory = new GuestMemory([
+      { gpa: 0 as Gpa, size: bytes.length, hostAddress: 0, presentAddress: 0, bytes },
+    ]);
     const table = buildTable(memory, new FramePool(memory, trace.framesEnd as Gfn, tableFrames));
     this.#units = new TrackingUnits(memory, table, 1);
     this.#tracker = new Tracker({
-      ...{ memory, clock, policy, quota, pressure: () => pressure, observers: [this.#interval] },
+      ...{ memory, clock, policy, speculation, quota, pressure: () => pressure, observers: [this.#interval] },
       iommu: new SoftwareIommu(createIommuBuffer(frames), clock),
       pinner: new CountingPinner(),
       counters: this.#counters,
@@ -125,7 +130,7 @@ class Replay {
     this.#now = time;
   }
 
-  #map({ ranges }: TraceEvent): void {
+  #map({ ranges, endpoint }: TraceEvent): void {
     let asking = false;
     for (const [first, n] of ranges) asking = this.#units.get(first, n) === "ask" || asking;
     if (!asking) return;
@@ -133,7 +138,7 @@ class Replay {
     let refused = false;
     const pinned = (gfn: number) => this.#units.pinned(gfn);
     pinInBatches(ranges, BUFFER_RANGES, pinned, (batch) => {
-      refused ||= this.#tracker.pin(batch) !== VIRTIO_IOMMU_S_OK;
+      refused ||= this.#tracker.pin(batch, endpoint) !== VIRTIO_IOMMU_S_OK;
     });
     if (!refused) return;
     for (const [first, n] of ranges) {
