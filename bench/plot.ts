@@ -54,7 +54,7 @@ export function pointPlot({ title, subtitle, x, y, series }: PointPlot): string 
       backgroundColor: "#ffffff",
       color: ["#222222", ...COLORS, "#5b8c5a", "#8a5a9e", "#7f7f7f", "#d08a5a"],
       title: { text: title, subtext: subtitle, left: 16, top: 10 },
-      legend: { top: 62, left: 60, itemGap: 24, data: series.map((s) => s.name) },
+      legend: { top: 62, left: 60, itemGap: 10, textStyle: { fontSize: 11 }, data: series.map((s) => s.name) },
       grid: { left: 72, right: 24, top: 100, bottom: 56 },
       xAxis: { ...axis, type: x.log ? "log" : "value", name: x.name },
       yAxis: { ...axis, nameGap: 48, type: "value", min: 0, ...(y.max && { max: y.max }), name: y.name },

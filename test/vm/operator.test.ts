@@ -68,3 +68,20 @@ test("every policy in turn, and one of a file, while the guest writes: nothing i
   assert.ok(await eventually(() => pins.framesNow === 0, 10_000), `${pins.framesNow} frames stay pinned`);
   assert.equal((await readCounters(agent)).underflow, 0);
 });
+
+test("speculation in a guest: what is pinned unasked is used, or unpinned, and nothing is lost", async (t) => {
+  const vm = await bootedVm(t, { speculate: "neighbours,judged=65536" });
+  const { operator, pins } = vm;
+  const { agent } = vm.qemu;
+  const written = await runFio(agent, parseFioWorkload("fio:rw=randwrite,bs=16k,iodepth=32,seconds=4"));
+  assert.deepEqual([written.verified, written.errors, vm.disk.faults], [true, 0, 0]);
+  assert.ok(pins.framesSpeculative > 0 && pins.speculationSaved > 0, `${pins.speculationSaved} saved`);
+  await operator.setSpeculation("off");
+  const { framesSpeculative } = pins;
+  await runFio(agent, parseFioWorkload("fio:rw=randread,bs=16k,iodepth=32,seconds=1"));
+  assert.equal(pins.framesSpeculative, framesSpeculative);
+  await unbindDisk(agent);
+  assert.ok(await eventually(() => pins.framesNow === 0, 10_000), `${pins.framesNow} frames stay pinned`);
+  assert.equal(pins.speculationSaved + pins.speculationWasted, framesSpeculative);
+  assert.equal((await readCounters(agent)).underflow, 0);
+});
