@@ -5,6 +5,9 @@ import { policies } from "../policy/registry.ts";
 import { speculations } from "../policy/speculation/registry.ts";
 
 const WIDTH = 14;
+const OPTIMAL = `optimal       what none of these can beat, with knowledge of the future: \`coiommu replay\` compares with it
+              (Belady, A study of replacement algorithms for a virtual-storage computer, 1966)
+`;
 
 export const policiesCommand = (): Command =>
   new Command("policies")
@@ -12,6 +15,7 @@ export const policiesCommand = (): Command =>
     .action(() => {
       process.stdout.write("Unpin policies, --policy:\n");
       list(policies);
+      process.stdout.write(OPTIMAL);
       process.stdout.write("\nSpeculations, --speculate:\n");
       list(speculations);
     });

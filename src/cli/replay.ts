@@ -79,7 +79,7 @@ export function replayCommand(): Command {
       progress.stop();
       tellTrouble(trace, progress);
       const optimal = new Optimal(trace);
-      if (options.json !== "-") process.stdout.write(`${tableOf(rows, optimal)}\n`);
+      if (options.json !== "-") process.stdout.write(`${tableOf(rows, optimal, trace)}\n`);
       writeJson(options.json, resultOf(trace, rows, optimal));
     } finally {
       progress.stop();
@@ -120,30 +120,33 @@ const ratioToOptimal = ({ asks, frameSeconds }: Replayed, optimal: Optimal): num
   return least === undefined || least === 0 ? null : frameSeconds / least;
 };
 
-function tableOf(rows: readonly Row[], optimal: Optimal): string {
+function tableOf(rows: readonly Row[], optimal: Optimal, trace: Trace): string {
   const mib = (frames: number) => number((frames * FRAME_SIZE) / 2 ** 20);
   const head = [
     ...["policy", "speculation", "pin requests", "per 1,000 maps", "after 1 s", "came back"],
     ...["pinned mean, MiB", "peak, MiB", "of optimal"],
   ];
-  return plainTable(
-    head,
-    rows.map(({ policy, speculation, outcome }) => {
-      const { pins, maps, steady, frameSeconds, seconds } = outcome;
-      const ratio = ratioToOptimal(outcome, optimal);
-      return [
-        policy.name,
-        speculation.name + (pins.speculationStopped ? " (stopped)" : ""),
-        number(pins.pinRequests),
-        number((1000 * pins.pinRequests) / maps),
-        steady.maps > 0 ? number((1000 * steady.pinRequests) / steady.maps) : "-",
-        number(pins.framesCameBack),
-        seconds > 0 ? mib(frameSeconds / seconds) : "-",
-        mib(pins.framesPeak),
-        ratio === null ? "-" : `${ratio.toFixed(3)}x`,
-      ];
-    }),
-  );
+  const seconds = trace.events.at(-1)!.time / 1e9;
+  const ends = [...new Set([optimal.asksMin, optimal.asksMax])].map((asks) => [
+    ...["optimal", "off", number(asks), number((1000 * asks) / rows[0]!.outcome.maps), "", ""],
+    ...[seconds > 0 ? mib(optimal.frameSeconds(asks)! / seconds) : "-", "", "1x"],
+  ]);
+  const played = rows.map(({ policy, speculation, outcome }) => {
+    const { pins, maps, steady, frameSeconds, seconds } = outcome;
+    const ratio = ratioToOptimal(outcome, optimal);
+    return [
+      policy.name,
+      speculation.name + (pins.speculationStopped ? " (stopped)" : ""),
+      number(pins.pinRequests),
+      number((1000 * pins.pinRequests) / maps),
+      steady.maps > 0 ? number((1000 * steady.pinRequests) / steady.maps) : "-",
+      number(pins.framesCameBack),
+      seconds > 0 ? mib(frameSeconds / seconds) : "-",
+      mib(pins.framesPeak),
+      ratio === null ? "-" : `${ratio.toFixed(3)}x`,
+    ];
+  });
+  return plainTable(head, [...played, ...ends]);
 }
 
 /** `coiommu.replay/1`. A field that there is no figure for is null. */
@@ -159,6 +162,8 @@ const resultOf = (trace: Trace, rows: readonly Row[], optimal: Optimal) => ({
     devices: [...new Set(trace.events.map(({ endpoint }) => formatBdf(endpoint)))],
     durationMs: trace.events.at(-1)!.time / 1e6,
   },
+  /** What no policy on request can beat: with so many mappings that ask, at least so much is pinned. */
+  optimal: optimal.curve(100).map(([asks, frameSeconds]) => ({ asks, frameSeconds })),
   results: rows.map(({ policy, speculation, quota, outcome }) => {
     const { pins, frameSeconds, seconds } = outcome;
     const framesMean = seconds > 0 ? frameSeconds / seconds : pins.framesNow;
@@ -168,6 +173,7 @@ const resultOf = (trace: Trace, rows: readonly Row[], optimal: Optimal) => ({
       policyParameters: policy.parameters,
       intervalMs: pins.passInterval / 1e6,
       maps: outcome.maps,
+      asks: outcome.asks,
       unmaps: outcome.unmaps,
       pins: {
         requests: pins.pinRequests,
