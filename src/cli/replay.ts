@@ -2,6 +2,7 @@ import { Command } from "commander";
 import { UserError } from "../base/errors.ts";
 import { FRAME_SIZE, formatBdf, type Nanoseconds } from "../base/units.ts";
 import { choosePolicy } from "../control/policy-choice.ts";
+import { speculationOf } from "../control/speculating.ts";
 import type { IntervalChoice } from "../policy/pass-interval.ts";
 import type { UnpinPolicy } from "../policy/policy.ts";
 import { policies } from "../policy/registry.ts";
@@ -185,11 +186,7 @@ const resultOf = (trace: Trace, rows: readonly Row[], optimal: Optimal) => ({
         framesUnpinned: pins.framesUnpinned,
         framesCameBack: pins.framesCameBack,
         framesSpeculative: pins.framesSpeculative,
-        speculation: {
-          ...{ name: speculation.name, parameters: speculation.parameters },
-          ...{ saved: pins.speculationSaved, wasted: pins.speculationWasted },
-          stopped: pins.speculationStopped === 1,
-        },
+        speculation: speculationOf(speculation, pins),
         framesPeak: pins.framesPeak,
         framesMean,
         framesAtEnd: pins.framesNow,

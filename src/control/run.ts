@@ -176,7 +176,7 @@ export function pinsOf(
     framesFaulted: tracked ? pins.framesFaulted : null,
     framesCameBack: tracked ? pins.framesCameBack : null,
     framesSpeculative: tracked ? pins.framesSpeculative : null,
-    speculation: tracked ? speculationOf(machine) : null,
+    speculation: tracked ? speculationOf(machine.operator.speculation, pins) : null,
     framesPeak: pins.framesPeak,
     framesMean: round(meanPinned(pins, monotonicClock.now())),
     framesAtEnd: pins.framesNow,

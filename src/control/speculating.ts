@@ -1,8 +1,8 @@
 import { splitChoice } from "../policy/parameters.ts";
 import { reconfigure } from "../policy/registry.ts";
 import { createSpeculation } from "../policy/speculation/registry.ts";
-import type { Tracker } from "../tracking/tracker.ts";
-import type { LiveMachine } from "./machine.ts";
+import type { Speculation } from "../policy/speculation/speculation.ts";
+import type { Tracker, TrackingCounters } from "../tracking/tracker.ts";
 import type { SpeculationResult } from "./result.ts";
 
 /** What the backend pins unasked, as an operator chooses. */
@@ -38,8 +38,10 @@ const reason = (used: number, judged: number): string =>
   `of the last ${judged} frames that it pinned, the guest used ${used}`;
 
 /** What it is, and what has come of it. */
-export function speculationOf({ operator, pins }: Pick<LiveMachine, "operator" | "pins">): SpeculationResult {
-  const { name, parameters } = operator.speculation;
+export function speculationOf(
+  { name, parameters }: Pick<Speculation, "name" | "parameters">,
+  pins: TrackingCounters,
+): SpeculationResult {
   return {
     ...{ name, parameters, saved: pins.speculationSaved, wasted: pins.speculationWasted },
     stopped: pins.speculationStopped ? reason(pins.speculationUsed, Number(parameters.judged)) : null,

@@ -222,8 +222,7 @@ function intervalOf(ms: NonNullable<Static<typeof schemas.NewPolicy>["intervalMs
   return { min: milliseconds(ms.min), max: milliseconds(ms.max) };
 }
 
-async function policyOf(machine: LiveMachine): Promise<Static<typeof schemas.Policy>> {
-  const { operator, pins } = machine;
+async function policyOf({ operator, pins }: LiveMachine): Promise<Static<typeof schemas.Policy>> {
   const { policy, interval } = operator;
   if (!policy) throw new Refusal("refused", "this strategy unpins nothing, so it has no policy");
   const { name, parameters } = policy;
@@ -233,7 +232,7 @@ async function policyOf(machine: LiveMachine): Promise<Static<typeof schemas.Pol
     intervalMs:
       typeof interval === "number" ? ms(interval) : { min: ms(interval.min), max: ms(interval.max) },
     intervalNowMs: ms(pins.passInterval),
-    speculate: speculationOf(machine),
+    speculate: speculationOf(operator.speculation, pins),
   };
 }
 
