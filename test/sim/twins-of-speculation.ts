@@ -60,7 +60,7 @@ class Lasting extends Speculator {
 export const speculationTwins: Readonly<Record<string, BrokenTwin>> = {
   "a frame that is pinned unasked after P is set": {
     twin: made(early),
-    found: /unpinned while it is mapped|DMA to frame|DMA fault|the host does not hold it/,
+    found: /unpinned while it is mapped|DMA to (?:frame|GPA)|DMA fault|the host does not hold it/,
     settings: { ...NEIGHBOURS, pinFails: 3 },
   },
   "frames that are pinned unasked above the quota": {
