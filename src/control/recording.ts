@@ -10,7 +10,8 @@ export class Recording {
   readonly #fd: number;
   readonly #warn: (text: string) => void;
   #failed = false;
-  #headed = false;
+  /** Lines that came before the header; undefined when that is written. */
+  #early: string[] | undefined = [];
 
   /** Throws UserError for a file that cannot be written. */
   constructor(file: string, began: number, warn: (text: string) => void) {
@@ -24,15 +25,21 @@ export class Recording {
     }
   }
 
-  /** Before the first lines. */
+  /** The first line of the file, whenever it comes: the backend pins before the machine is known as a whole. */
   head(header: Omit<LogHeader, "format">): void {
-    this.#headed = true;
+    const early = this.#early ?? [];
+    this.#early = undefined;
     this.write(`${JSON.stringify({ format: LOG_FORMAT, ...header })}\n`);
+    for (const lines of early) this.write(lines);
   }
 
   /** A disk that is full ends the recording, not the run. */
   write(lines: string): void {
-    if (this.#failed || !this.#headed) return;
+    if (this.#failed) return;
+    if (this.#early) {
+      this.#early.push(lines);
+      return;
+    }
     try {
       fs.writeFileSync(this.#fd, lines);
     } catch (error) {
