@@ -50,6 +50,13 @@ test("a policy of a file, in TypeScript, with parameters", (t) => {
   });
 });
 
+test("regression: a create() that throws is wrong usage, not the end of the program", (t) => {
+  const file = fileWith(t, entry("throw new Error('my mistake');"));
+  assert.throws(() => choosePolicy(file), {
+    ...{ code: "ERR_COIOMMU_USER", exitCode: 2, message: /create\(\) has failed: Error: my mistake/ },
+  });
+});
+
 for (const [what, text, message] of [
   ["with a syntax error", "export default {", /cannot be loaded/],
   ["without a default export", "export const policy = 1;", /its default export must be/],

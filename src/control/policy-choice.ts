@@ -17,7 +17,7 @@ export const isFile = (choice: string): boolean => /^(\.{0,2}|~)\//.test(choice)
  * when there is none, or when it cannot be used here.
  */
 export function choosePolicy(choice: string): UnpinPolicy {
-  const policy = isFile(choice) ? createFrom(load(splitChoice(choice).name), choice) : createPolicy(choice);
+  const policy = isFile(choice) ? createLoaded(choice) : createPolicy(choice);
   const file = policy.pressureFile?.();
   if (file !== undefined)
     try {
@@ -29,6 +29,18 @@ export function choosePolicy(choice: string): UnpinPolicy {
       );
     }
   return policy;
+}
+
+function createLoaded(choice: string): UnpinPolicy {
+  const entry = load(splitChoice(choice).name);
+  try {
+    const policy = createFrom(entry, choice);
+    policy.pressureFile?.();
+    return policy;
+  } catch (error) {
+    if (error instanceof UserError) throw error;
+    throw new UserError(`--policy ${choice}: create() has failed: ${error}`);
+  }
 }
 
 function load(file: string): PolicyEntry {
@@ -63,24 +75,26 @@ const isParameters = (parameters: unknown): parameters is Parameters =>
  */
 export function guarded(policy: UnpinPolicy, failed: (error: unknown) => void): UnpinPolicy {
   let broken = false;
-  const safely = <A extends unknown[]>(what: (...args: A) => void) => {
-    return (...args: A): void => {
-      if (broken) return;
+  /** `otherwise`: what is said when the policy cannot. */
+  const safely = <A extends unknown[], R>(otherwise: R, what: (...args: A) => R) => {
+    return (...args: A): R => {
+      if (broken) return otherwise;
       try {
-        what(...args);
+        return what(...args);
       } catch (error) {
         broken = true;
         failed(error);
+        return otherwise;
       }
     };
   };
   return {
     name: policy.name,
     parameters: policy.parameters,
-    ...(policy.state && { state: () => (broken ? {} : policy.state!()) }),
-    ...(policy.pressureFile && { pressureFile: () => policy.pressureFile!() }),
-    pinned: safely((gfn, now) => policy.pinned(gfn, now)),
-    tried: safely((gfn, outcome, now) => policy.tried(gfn, outcome, now)),
-    candidates: safely((now, limit, out) => policy.candidates(now, limit, out)),
+    ...(policy.state && { state: safely({}, () => policy.state!()) }),
+    ...(policy.pressureFile && { pressureFile: safely(undefined, () => policy.pressureFile!()) }),
+    pinned: safely(undefined, (gfn, now) => policy.pinned(gfn, now)),
+    tried: safely(undefined, (gfn, outcome, now) => policy.tried(gfn, outcome, now)),
+    candidates: safely(undefined, (now, limit, out) => policy.candidates(now, limit, out)),
   };
 }

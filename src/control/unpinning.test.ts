@@ -54,6 +54,23 @@ for (const method of ["pinned", "tried", "candidates"])
     assert.deepEqual([m.tracker.policy.name, m.tracker.pinned], ["lru", 0]);
   });
 
+for (const method of ["state", "pressureFile"])
+  test(`regression: a policy of a file that throws in ${method}() later is told once, and lru takes its place`, (t) => {
+    const mine = `let calls = 0;
+      const later = () => { if (++calls > 4) throw new Error("my mistake"); return ${method === "state" ? "{}" : "undefined"}; };
+      const create = () => ({ ${method}: later, pinned() {}, tried() {}, candidates() {} });
+      export default { name: "mine", summary: "", source: "", parameters: {}, create };`;
+    const m = unpinned(fileWith(t, "mine.ts", mine));
+    idle(m, 1, 2);
+    for (let i = 0; i < 200; i++) {
+      m.tracker.policy.state?.();
+      m.run(1);
+    }
+    assert.equal(m.warnings.length, 1);
+    assert.match(m.warnings[0]!, /policy lru takes its place: Error: my mistake/);
+    assert.deepEqual([m.tracker.policy.name, m.tracker.pinned], ["lru", 0]);
+  });
+
 test("pressure: what is idle stays while the file says that there is memory, and goes when it says that there is none", (t) => {
   const psi = (avg10: string) => `some avg10=${avg10} avg60=0.00 avg300=0.00 total=0\n`;
   const file = fileWith(t, "memory.pressure", psi("0.00"));

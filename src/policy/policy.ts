@@ -63,8 +63,8 @@ export interface UnpinPolicy {
   readonly parameters: Values;
   /** What it has learnt, for people: names and numbers. */
   state?(): Readonly<Record<string, number>>;
-  /** The file, of the form of /proc/pressure/memory, that PassLimit.pressure is read from before each pass. */
-  pressureFile?(): string;
+  /** The file, of the form of /proc/pressure/memory, that PassLimit.pressure is read from before each pass; none: 0. */
+  pressureFile?(): string | undefined;
   /** A frame was pinned. O(1), must not throw. */
   pinned(gfn: Gfn, now: Nanoseconds): void;
   /**
