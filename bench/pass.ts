@@ -2,15 +2,11 @@
  * An unpin pass over a large ledger in which nothing is idle: how long a PIN request that comes at any moment waits for
  * the slice that is under way, and how long it takes, with passes and without.
  */
-import { FRAME_SIZE, type Gfn, type Gpa } from "../src/base/units.ts";
-import { FramePool } from "../src/driver/pages.ts";
-import { buildTable } from "../src/driver/table.ts";
-import { TrackingUnits } from "../src/driver/units.ts";
 import { monotonicClock } from "../src/host/clock.ts";
 import { SoftwarePinner } from "../src/host/software-pinner.ts";
 import { counters, countersBuffer } from "../src/memory/counters.ts";
-import { GuestMemory } from "../src/memory/guest-memory.ts";
 import { createPolicy } from "../src/policy/registry.ts";
+import { bareGuest } from "../src/replay/bare-guest.ts";
 import { createIommuBuffer, SoftwareIommu } from "../src/tracking/software-iommu.ts";
 import { TRACKING_COUNTERS, Tracker } from "../src/tracking/tracker.ts";
 import { SLICE_TIME } from "../src/tracking/unpin-passes.ts";
@@ -96,19 +92,15 @@ export function pass(rounds: number): PassReport {
 
 /** All of its frames are mapped, and so pinned. */
 function busyGuest() {
-  const tableFrames = FRAMES / 1024 + 8;
-  const bytes = new Uint8Array(new SharedArrayBuffer((FRAMES + tableFrames) * FRAME_SIZE));
-  const memory = new GuestMemory([{ gpa: 0 as Gpa, size: bytes.length, hostAddress: 0, bytes }]);
-  const table = buildTable(memory, new FramePool(memory, FRAMES as Gfn, tableFrames));
+  const { memory, frames, table, units } = bareGuest(FRAMES);
   const tracker = new Tracker({
     ...{ memory, clock: monotonicClock, policy: createPolicy("lru"), quota: Number.POSITIVE_INFINITY },
-    iommu: new SoftwareIommu(createIommuBuffer(FRAMES + tableFrames), monotonicClock),
+    iommu: new SoftwareIommu(createIommuBuffer(frames), monotonicClock),
     pinner: new SoftwarePinner(),
     counters: counters(TRACKING_COUNTERS, countersBuffer(TRACKING_COUNTERS)),
     beforeActivation: "none",
   });
   tracker.activate(table.root, table.levels, true);
-  const units = new TrackingUnits(memory, table, 1);
   for (let gfn = 0; gfn < FRAMES; gfn += 512) {
     units.get(gfn, 512);
     tracker.pin([{ gfn, nrFrames: 512 }]);

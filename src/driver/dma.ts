@@ -219,4 +219,5 @@ export class TrackedDma implements DmaApi {
 
 const writes = (direction: DmaDirection): boolean => direction !== "to-device";
 const wholeFrames = (length: number): number => nrFrames(0, length) * FRAME_SIZE;
-const rangeOf = ({ iova, length }: DmaSegment): FrameRange => [gfnOf(iova), nrFrames(iova, length)];
+/** The frames of a segment. */
+export const rangeOf = ({ iova, length }: DmaSegment): FrameRange => [gfnOf(iova), nrFrames(iova, length)];

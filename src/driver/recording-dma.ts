@@ -1,8 +1,7 @@
 import type { Clock } from "../base/clock.ts";
 import type { Bdf, Gpa, Iova } from "../base/units.ts";
-import { gfnOf } from "../base/units.ts";
 import type { EventLogWriter, LoggedEvent, LoggedRange } from "../wire/event-log.ts";
-import { nrFrames } from "./dma.ts";
+import { rangeOf } from "./dma.ts";
 import type { DmaApi, DmaBuffer, DmaDirection, DmaSegment } from "./dma-api.ts";
 
 /** Writes down what a driver maps in the end, and unmaps. For functions in bypass, whose DMA addresses are the guest's. */
@@ -26,31 +25,31 @@ export class RecordingDma implements DmaApi {
 
   mapSingle(gpa: Gpa, length: number, direction: DmaDirection): Iova {
     const iova = this.#dma.mapSingle(gpa, length, direction);
-    this.#add("map", [rangeOf(iova, length)]);
+    this.#add("map", [rangeOf({ iova, length })]);
     return iova;
   }
   unmapSingle(iova: Iova, length: number, direction: DmaDirection): void {
-    this.#add("unmap", [rangeOf(iova, length)]);
+    this.#add("unmap", [rangeOf({ iova, length })]);
     this.#dma.unmapSingle(iova, length, direction);
   }
 
   mapSg(list: readonly DmaBuffer[], direction: DmaDirection): DmaSegment[] {
     const segments = this.#dma.mapSg(list, direction);
-    this.#add("map", rangesOf(segments));
+    this.#add("map", segments.map(rangeOf));
     return segments;
   }
   unmapSg(list: readonly DmaSegment[], direction: DmaDirection): void {
-    this.#add("unmap", rangesOf(list));
+    this.#add("unmap", list.map(rangeOf));
     this.#dma.unmapSg(list, direction);
   }
 
   allocCoherent(length: number): { gpa: Gpa; iova: Iova } {
     const memory = this.#dma.allocCoherent(length);
-    this.#add("map", [rangeOf(memory.iova, length)]);
+    this.#add("map", [rangeOf({ iova: memory.iova, length })]);
     return memory;
   }
   freeCoherent(gpa: Gpa, iova: Iova, length: number): void {
-    this.#add("unmap", [rangeOf(iova, length)]);
+    this.#add("unmap", [rangeOf({ iova, length })]);
     this.#dma.freeCoherent(gpa, iova, length);
   }
 
@@ -65,6 +64,3 @@ export class RecordingDma implements DmaApi {
     this.#log.add({ time: this.#clock.now(), kind, source: this.#source, ranges });
   }
 }
-
-const rangeOf = (iova: number, length: number): LoggedRange => [gfnOf(iova), nrFrames(iova, length)];
-const rangesOf = (list: readonly DmaSegment[]) => list.map(({ iova, length }) => rangeOf(iova, length));

@@ -1,19 +1,17 @@
-import { FRAME_SIZE, type Gfn, type Gpa, type Nanoseconds } from "../base/units.ts";
-import { FramePool } from "../driver/pages.ts";
+import type { Nanoseconds } from "../base/units.ts";
 import { pinInBatches } from "../driver/pin-batches.ts";
 import { BUFFER_RANGES } from "../driver/pin-requests.ts";
-import { buildTable } from "../driver/table.ts";
-import { TrackingUnits } from "../driver/units.ts";
+import type { TrackingUnits } from "../driver/units.ts";
 import { counters, countersBuffer } from "../memory/counters.ts";
-import { GuestMemory } from "../memory/guest-memory.ts";
 import { type IntervalChoice, PassInterval } from "../policy/pass-interval.ts";
 import type { UnpinPolicy } from "../policy/policy.ts";
 import type { Speculation } from "../policy/speculation/speculation.ts";
 import { createIommuBuffer, SoftwareIommu } from "../tracking/software-iommu.ts";
 import { TRACKING_COUNTERS, Tracker, type TrackingCounters } from "../tracking/tracker.ts";
 import { VIRTIO_IOMMU_S_OK } from "../wire/virtio-iommu.ts";
+import { bareGuest } from "./bare-guest.ts";
 import { CountingPinner } from "./counting-pinner.ts";
-import { framesOf, type Trace, type TraceEvent } from "./trace.ts";
+import type { Trace, TraceEvent } from "./trace.ts";
 
 export interface ReplaySettings {
   readonly policy: UnpinPolicy;
@@ -30,15 +28,12 @@ export interface Replayed {
   readonly unmaps: number;
   /** Maps that asked, with one PIN request or more. */
   readonly asks: number;
-  readonly framesMapped: number;
   readonly pins: Readonly<TrackingCounters>;
   /** After the first second. */
   readonly steady: { readonly maps: number; readonly pinRequests: number };
   /** Integral of the frames pinned over time, from the first event to the last. */
   readonly frameSeconds: number;
   readonly seconds: number;
-  /** When each pass ended, what was pinned: for plots. */
-  readonly samples: readonly { readonly seconds: number; readonly pinned: number }[];
 }
 
 const SECOND = 1e9;
@@ -60,7 +55,6 @@ class Replay {
   readonly #counters = counters(TRACKING_COUNTERS, countersBuffer(TRACKING_COUNTERS));
   /** Frames of mappings that were refused, how often: their unmaps are left out. */
   readonly #refused = new Map<number, number>();
-  readonly #samples: { seconds: number; pinned: number }[] = [];
   #asks = 0;
   #now = 0;
   #passDue: number;
@@ -70,15 +64,8 @@ class Replay {
     this.#interval = new PassInterval(interval);
     this.#passDue = this.#interval.now;
     const clock = { now: () => this.#now as Nanoseconds };
-    // Behind the guest's memory: its frames are those of the trace.
-    const tableFrames = Math.ceil(trace.framesEnd / 1024) + 8;
-    const frames = trace.framesEnd + tableFrames;
-    const bytes = new Uint8Array(new SharedArrayBuffer(frames * FRAME_SIZE));
-    const memory = new GuestMemory([
-      { gpa: 0 as Gpa, size: bytes.length, hostAddress: 0, presentAddress: 0, bytes },
-    ]);
-    const table = buildTable(memory, new FramePool(memory, trace.framesEnd as Gfn, tableFrames));
-    this.#units = new TrackingUnits(memory, table, 1);
+    const { memory, frames, table, units } = bareGuest(trace.framesEnd);
+    this.#units = units;
     this.#tracker = new Tracker({
       ...{ memory, clock, policy, speculation, quota, pressure: () => pressure, observers: [this.#interval] },
       iommu: new SoftwareIommu(createIommuBuffer(frames), clock),
@@ -92,14 +79,13 @@ class Replay {
   run(): Replayed {
     const { events } = this.#trace;
     const warm = { maps: 0, pinRequests: 0 };
-    let [maps, framesMapped] = [0, 0];
+    let maps = 0;
     for (const event of events) {
       this.#advance(event.time);
       if (event.kind === "unmap") this.#unmap(event);
       else {
         this.#map(event);
         maps++;
-        framesMapped += framesOf(event);
       }
       if (event.time < SECOND) Object.assign(warm, { maps, pinRequests: this.#counters.pinRequests });
     }
@@ -108,7 +94,7 @@ class Replay {
     this.#counters.framesCameBack = this.#interval.cameBack;
     const { frameTime, framesNow, changedAt, pinRequests } = this.#counters;
     return {
-      ...{ maps, framesMapped, seconds, samples: this.#samples },
+      ...{ maps, seconds },
       unmaps: events.length - maps,
       asks: this.#asks,
       pins: { ...this.#counters },
@@ -125,7 +111,6 @@ class Replay {
       while (this.#tracker.slice());
       this.#interval.passEnded(this.#now as Nanoseconds, 0);
       this.#passDue = this.#now + this.#interval.now;
-      this.#samples.push({ seconds: this.#now / SECOND, pinned: this.#tracker.pinned });
     }
     this.#now = time;
   }

@@ -95,16 +95,18 @@ export class Pins {
 
   /** Pin frames that are RAM and not pinned yet. Throws HostError; then none of them is. */
   pin(gfns: readonly Gfn[], generation: number): void {
-    if (gfns.length === 0) return;
-    const now = this.#clock.now();
-    this.#extents.pin(gfns, (gfn, handle) => this.#hold(gfn, handle, generation, now));
+    this.#pin(gfns, generation, false);
   }
 
   /** The same for what nobody has asked for: where it can be told, only if all of them have memory. */
   pinPresent(gfns: readonly Gfn[], generation: number): void {
+    this.#pin(gfns, generation, true);
+  }
+
+  #pin(gfns: readonly Gfn[], generation: number, present: boolean): void {
     if (gfns.length === 0) return;
     const now = this.#clock.now();
-    this.#extents.pin(gfns, (gfn, handle) => this.#hold(gfn, handle, generation, now), true);
+    this.#extents.pin(gfns, (gfn, handle) => this.#hold(gfn, handle, generation, now), present);
   }
 
   #hold(gfn: Gfn, handle: number, generation: number, now: Nanoseconds): void {
