@@ -1,16 +1,32 @@
-/** The host's page pins. Implemented by host/ (io_uring, …), by a software stand-in, and by the simulator's model. */
+/** The host's page pins. Implemented by host/ (io_uring, VFIO, …), by a software stand-in, and by the simulator's model. */
 export interface Pinner {
   /** As in `--pinner` and in results: "io_uring", "software". */
   readonly name: string;
 
   /**
-   * Pin one 4 KiB page, or `lengths[i]` bytes of whole pages, at each of the first `count` virtual addresses, for reading
-   * and writing, and store a handle (>= 0) for each. All or nothing: on HostError nothing is newly pinned.
+   * True for an IOMMU: a page is pinned by the mapping of its IOVA, which is its GPA, so no page is pinned twice at once,
+   * and what is pinned as one is released as one.
    */
-  pin(addresses: Float64Array, count: number, handles: Int32Array, lengths?: Float64Array): void;
+  readonly mapsOnce?: boolean;
+  /** Pins that the kernel allows at once, whatever their lengths, and how many more it has room for now; undefined: no limit. */
+  readonly pinsMax?: number | undefined;
+  readonly pinsLeft?: number | undefined;
 
-  /** Pin `length` bytes (whole pages, at most 1 GiB) at `address` as one; returns its handle. Throws HostError. */
-  pinExtent(address: number, length: number): number;
+  /**
+   * Pin one 4 KiB page, or `lengths[i]` bytes of whole pages, at each of the first `count` virtual addresses, for reading
+   * and writing, and store a handle (>= 0) for each. An IOMMU maps them at the GPAs `gpas`, which others ignore. All or
+   * nothing: on HostError nothing is newly pinned. ENOSPC: no more pins; ENOMEM: memory, or the memlock limit.
+   */
+  pin(
+    addresses: Float64Array,
+    count: number,
+    handles: Int32Array,
+    lengths?: Float64Array,
+    gpas?: Float64Array,
+  ): void;
+
+  /** Pin `length` bytes (whole pages, at most 1 GiB) at `address` as one, at `gpa`; returns its handle. Throws HostError. */
+  pinExtent(address: number, length: number, gpa: number): number;
 
   /**
    * Release the first `count` handles, in order. Returns how many were released: fewer than `count` when the host

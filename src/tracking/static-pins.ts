@@ -31,17 +31,18 @@ export class StaticPins {
   cover(): number {
     const before = this.#frames;
     for (const r of this.#memory.regions) {
-      for (const [start, end] of this.#missing(r.hostAddress, r.hostAddress + r.size)) this.#pin(start, end);
+      for (const [start, end] of this.#missing(r.hostAddress, r.hostAddress + r.size))
+        this.#pin(start, end, r.gpa - r.hostAddress);
       const first = r.gpa / FRAME_SIZE;
       for (let gfn = first; gfn < first + r.size / FRAME_SIZE; gfn++) this.#iommu.allow(gfn as Gfn);
     }
     return this.#frames - before;
   }
 
-  #pin(start: number, end: number): void {
+  #pin(start: number, end: number, toGpa: number): void {
     for (let at = start; at < end; at += EXTENT_BYTES) {
       const length = Math.min(EXTENT_BYTES, end - at);
-      this.#pinner.pinExtent(at, length);
+      this.#pinner.pinExtent(at, length, at + toGpa);
       this.#covered.push([at, at + length]);
       this.#frames += length / FRAME_SIZE;
     }
