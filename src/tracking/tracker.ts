@@ -6,7 +6,7 @@ import type { Asked, Speculation } from "../policy/speculation/speculation.ts";
 import { VIRTIO_IOMMU_S_OK } from "../wire/virtio-iommu.ts";
 import { OpenAccesses } from "./accesses.ts";
 import { BackgroundPins, STOPPED_BY } from "./background-pins.ts";
-import { countPinned } from "./counters.ts";
+import { countMappings, countPinned } from "./counters.ts";
 import { DirtyTracking } from "./dirty.ts";
 import { DmaTrackingTable } from "./dtt.ts";
 import type { FaultLog } from "./faults.ts";
@@ -428,8 +428,9 @@ export class Tracker {
   }
 
   #changed(): void {
-    const { counters, clock } = this.#o;
+    const { counters, clock, pinner } = this.#o;
     countPinned(counters, this.pinned, clock.now());
+    if (pinner.mapsOnce) countMappings(counters, pinner, this.#pins.orphans);
     counters.framesClaimed = this.#ledger.claimed;
     counters.backgroundFrames = this.#inBackground ? this.#background.frames : 0;
     counters.backgroundPinned = this.#inBackground ? this.#ledger.size : 0;

@@ -105,8 +105,11 @@ export class FakeIommu extends FakePinner {
   readonly mappings = new Map<number, readonly number[]>();
   readonly #mapped = new Set<number>();
 
+  get pinsNow(): number {
+    return this.mappings.size;
+  }
   get pinsLeft(): number {
-    return this.pinsMax - this.mappings.size;
+    return this.pinsMax - this.pinsNow;
   }
 
   /** Frames that devices reach. */
