@@ -16,6 +16,8 @@ export interface IovaLimits {
   readonly ranges: Float64Array | undefined;
   /** Mappings that there is room for; undefined: no limit. */
   readonly room: number | undefined;
+  /** In bytes. */
+  readonly smallestPage: number;
 }
 
 /** An IOMMU's domain, as the kernel gives it to a process. All throw HostError, and have done nothing then. */
@@ -26,7 +28,7 @@ export interface IovaSpace {
   /** The system call that maps, for errors. */
   readonly mapCall: string;
   /** What limits the number of mappings, for errors. */
-  readonly roomIs: string;
+  readonly roomIs?: string;
   limits(): IovaLimits;
   /** Pin whole pages of this process, and let devices read and write them. */
   map(address: number, iova: number, length: number): void;
@@ -60,7 +62,8 @@ export class IommuPinner implements Pinner {
     this.#space = space;
     this.name = space.name;
     this.kernelSource = space.kernelSource;
-    this.#look();
+    if (this.#look() > PAGE_SIZE)
+      throw this.#error("EINVAL", "the pages of this IOMMU are larger than 4 KiB");
     this.pinsMax = this.#room;
     this.#counted = new StatusField(space.kernelSource);
     this.#countedBefore = this.#counted.read();
@@ -136,10 +139,12 @@ export class IommuPinner implements Pinner {
     this.#counted.close();
   }
 
-  #look(): void {
-    const { ranges, room } = this.#space.limits();
+  /** Ask the kernel anew; how large the IOMMU's smallest page is. */
+  #look(): number {
+    const { ranges, room, smallestPage } = this.#space.limits();
     this.#ranges = ranges;
     this.#room = room === undefined ? undefined : room + this.#first.size;
+    return smallestPage;
   }
 
   #map(address: number, gpa: number, length: number): number {
@@ -210,7 +215,8 @@ export class IommuPinner implements Pinner {
 
   #noRoom(count: number): HostError {
     const left = this.pinsLeft === undefined ? "too few" : `${this.pinsLeft} of ${this.#room}`;
-    return this.#error("ENOSPC", `${count} more mappings, and ${left} are free: ${this.#space.roomIs}`);
+    const limit = this.#space.roomIs ? `: ${this.#space.roomIs}` : "";
+    return this.#error("ENOSPC", `${count} more mappings, and ${left} are free${limit}`);
   }
 
   /** What the kernel has refused, for a person. */

@@ -271,7 +271,7 @@ test("more ranges than the first answer has room for are asked for again", () =>
 test("an IOMMU without pages of 4 KiB is refused when the pinner is made", () => {
   assert.throws(
     () => setUp({ pageSizes: 0xffff_ffff_ffff_0000n }),
-    /smallest page of this IOMMU has 65536 bytes/,
+    /EINVAL .the pages of this IOMMU are larger than 4 KiB/,
   );
 });
 

@@ -1,7 +1,5 @@
-import { HostError } from "../base/errors.ts";
 import { wordsOf } from "../wire/struct.ts";
 import {
-  type ContainerInfo,
   containerInfo,
   DmaMap,
   DmaUnmap,
@@ -27,7 +25,7 @@ const UNMAP = wordsOf(DmaUnmap);
  * in VmLck, and allows `dma_entry_limit` mappings for each container, whatever their lengths.
  */
 export class VfioPinner extends IommuPinner {
-  /** Throws HostError; EINVAL where this IOMMU has no pages of 4 KiB. */
+  /** Throws HostError; EINVAL where the IOMMU has no pages of 4 KiB. */
   constructor({ container, ioctl = systemIoctl }: { container: number; ioctl?: Ioctl }) {
     super(new Type1(container, ioctl));
   }
@@ -48,18 +46,20 @@ class Type1 implements IovaSpace {
   constructor(container: number, ioctl: Ioctl) {
     this.#container = container;
     this.#ioctl = ioctl;
-    const { smallestPage } = this.#info();
-    if (smallestPage > 4096)
-      throw new HostError(
-        this.mapCall,
-        "EINVAL",
-        `the smallest page of this IOMMU has ${smallestPage} bytes`,
-      );
   }
 
+  /** Asked again where the answer has more capabilities than there was room for. */
   limits(): IovaLimits {
-    const { ranges, dmaAvail } = this.#info();
-    return { ranges, room: dmaAvail };
+    for (let room = 1024; ; ) {
+      const info = Type1Info.encode({ argsz: room }, room - Type1Info.size);
+      this.#ioctl(this.#container, "VFIO_IOMMU_GET_INFO", VFIO_IOMMU_GET_INFO, wordsFrom(info));
+      const { argsz } = Type1Info.read(info);
+      if (argsz <= room) {
+        const { ranges, dmaAvail, smallestPage } = containerInfo(info);
+        return { ranges, room: dmaAvail, smallestPage };
+      }
+      room = Math.ceil(argsz / 8) * 8;
+    }
   }
 
   map(address: number, iova: number, length: number): void {
@@ -84,16 +84,5 @@ class Type1 implements IovaSpace {
     setPointer(this.#unmap, UNMAP.size, length);
     this.#ioctl(this.#container, "VFIO_IOMMU_UNMAP_DMA", VFIO_IOMMU_UNMAP_DMA, this.#unmap);
     return pointerAt(this.#unmap, UNMAP.size);
-  }
-
-  /** Asked again where the answer has more capabilities than there was room for. */
-  #info(): ContainerInfo {
-    for (let room = 1024; ; ) {
-      const info = Type1Info.encode({ argsz: room }, room - Type1Info.size);
-      this.#ioctl(this.#container, "VFIO_IOMMU_GET_INFO", VFIO_IOMMU_GET_INFO, wordsFrom(info));
-      const { argsz } = Type1Info.read(info);
-      if (argsz <= room) return containerInfo(info);
-      room = Math.ceil(argsz / 8) * 8;
-    }
   }
 }

@@ -64,7 +64,7 @@ export const IovaRangesCap = struct("vfio_iommu_type1_info_cap_iova_range", 16, 
   nrIovas: le32(8),
   reserved: le32(12),
 });
-/** Inclusive: a range ends at …fff. Also what iommufd answers. */
+/** Inclusive: a range ends at …fff. iommufd's iommu_iova_range is the same. */
 export const IovaRange = struct("vfio_iova_range", 16, { start: le64(0), last: le64(8) });
 
 export const DmaAvailCap = struct("vfio_iommu_type1_info_dma_avail", 12, {

@@ -1,5 +1,7 @@
 import { HostError } from "../../src/base/errors.ts";
 import type { Ioctl } from "../../src/host/ioctl.ts";
+import { addressOf } from "../../src/host/libc.ts";
+import * as uapi from "../../src/wire/iommufd.ts";
 import * as type1 from "../../src/wire/vfio-type1.ts";
 
 /** The IOVAs of an emulated VT-d, in pairs: 39 bits, and the hole where interrupts go. */
@@ -75,6 +77,8 @@ export class FakeIommu {
   }
 }
 
+const bytesOf = (words: Uint32Array) => new Uint8Array(words.buffer, words.byteOffset, words.byteLength);
+
 /** A VFIO container of type 1, version 2, with that fd. */
 export class FakeContainer {
   readonly fd = 77;
@@ -92,7 +96,7 @@ export class FakeContainer {
       if (request !== type1.VFIO_CHECK_EXTENSION) refuse("ENOTTY");
       return Number(argument === type1.VFIO_UNMAP_ALL && this.hasUnmapAll);
     }
-    const bytes = new Uint8Array(argument.buffer, argument.byteOffset, argument.byteLength);
+    const bytes = bytesOf(argument);
     if (request === type1.VFIO_IOMMU_GET_INFO) this.#getInfo(bytes);
     else if (request === type1.VFIO_IOMMU_MAP_DMA) this.#map(bytes);
     else if (request === type1.VFIO_IOMMU_UNMAP_DMA) this.#unmap(bytes);
@@ -137,5 +141,61 @@ export class FakeContainer {
       );
     type1.DmaAvailCap.write(bytes, { avail: this.entryLimit - this.iommu.mappings.size }, availAt);
     type1.InfoCapHeader.write(bytes, { id: 3, version: 1, next: 0 }, availAt);
+  }
+}
+
+/** An iommufd with that fd, and one I/O address space: Linux 6.12 drivers/iommu/iommufd/{ioas,io_pagetable}.c. */
+export class FakeIommufd {
+  readonly fd = 78;
+  readonly ioas = 5;
+  readonly iommu = new FakeIommu();
+  alignment = 4096;
+
+  readonly ioctl: Ioctl = (fd, name, request, argument) => {
+    if (fd !== this.fd) refuse("EBADF");
+    this.iommu.called(name);
+    if (typeof argument === "number") return refuse("ENOTTY");
+    if (request === uapi.IOMMU_IOAS_IOVA_RANGES) this.#ranges(argument);
+    else if (request === uapi.IOMMU_IOAS_MAP) this.#map(bytesOf(argument));
+    else if (request === uapi.IOMMU_IOAS_UNMAP) this.#unmap(argument);
+    else refuse("ENOTTY");
+    return 0;
+  };
+
+  #checkId(id: number): void {
+    if (id !== this.ioas) refuse("ENOENT");
+  }
+
+  #ranges(words: Uint32Array): void {
+    const bytes = bytesOf(words);
+    const { ioasId, numIovas, reserved, allowedIovas } = uapi.IoasIovaRanges.read(bytes);
+    if (reserved !== 0) refuse("EOPNOTSUPP");
+    this.#checkId(ioasId);
+    const { ranges } = this.iommu;
+    // The array is in the caller's buffer: nobody else's memory is written.
+    const at = allowedIovas - addressOf(words);
+    for (let i = 0; i < ranges.length / 2 && i < numIovas; i++)
+      type1.IovaRange.write(bytes, { start: ranges[2 * i]!, last: ranges[2 * i + 1]! }, at + 16 * i);
+    uapi.IoasIovaRanges.write(bytes, { numIovas: ranges.length / 2, outIovaAlignment: this.alignment });
+    if (ranges.length / 2 > numIovas) refuse("EMSGSIZE");
+  }
+
+  #map(bytes: Uint8Array): void {
+    const { size, flags, ioasId, reserved, userVa, length, iova } = uapi.IoasMap.read(bytes);
+    if (size !== uapi.IoasMap.size || flags !== 7 || reserved !== 0) refuse("EOPNOTSUPP");
+    this.#checkId(ioasId);
+    this.iommu.map(userVa, iova, length);
+  }
+
+  #unmap(words: Uint32Array): void {
+    const bytes = bytesOf(words);
+    const { size, ioasId, iova, length } = uapi.IoasUnmap.read(bytes);
+    if (size !== uapi.IoasUnmap.size) refuse("EINVAL");
+    this.#checkId(ioasId);
+    const all = iova === 0 && words.subarray(4, 6).every((word) => word === 0xffff_ffff);
+    if (!all && length >= 2 ** 64) refuse("EOVERFLOW");
+    const unmapped = this.iommu.unmap(iova, length) ?? refuse("ENOENT");
+    if (unmapped === 0 && !all) refuse("ENOENT");
+    uapi.IoasUnmap.write(bytes, { length: unmapped });
   }
 }
