@@ -86,8 +86,9 @@ export const libc = lazily({
     "void *mremap(void *, size_t, size_t, int)",
   ),
   munmap: bind<(at: bigint, length: number) => number>("int munmap(void *, size_t)"),
-  ioctl: bind<(fd: number, request: number, argument: BigUint64Array) => number>(
-    "int ioctl(int, ulong, void *)",
+  ioctl: bind<(fd: number, request: number, argument: Bytes) => number>("int ioctl(int, ulong, void *)"),
+  ioctlOfNumber: bind<(fd: number, request: number, argument: number) => number>(
+    "int ioctl(int, ulong, long)",
   ),
   /** syscall(2) in the shapes that are needed; the first argument is the call's number. */
   userfaultfd: bind<(number: number, flags: number) => number>("long syscall(long, int)"),
