@@ -77,7 +77,8 @@ export class FakeIommu {
   }
 }
 
-const bytesOf = (words: Uint32Array) => new Uint8Array(words.buffer, words.byteOffset, words.byteLength);
+const bytesOf = (words: Uint8Array | Uint32Array) =>
+  new Uint8Array(words.buffer, words.byteOffset, words.byteLength);
 
 /** A VFIO container of type 1, version 2, with that fd. */
 export class FakeContainer {
@@ -155,9 +156,9 @@ export class FakeIommufd {
     if (fd !== this.fd) refuse("EBADF");
     this.iommu.called(name);
     if (typeof argument === "number") return refuse("ENOTTY");
-    if (request === uapi.IOMMU_IOAS_IOVA_RANGES) this.#ranges(argument);
+    if (request === uapi.IOMMU_IOAS_IOVA_RANGES) this.#ranges(bytesOf(argument));
     else if (request === uapi.IOMMU_IOAS_MAP) this.#map(bytesOf(argument));
-    else if (request === uapi.IOMMU_IOAS_UNMAP) this.#unmap(argument);
+    else if (request === uapi.IOMMU_IOAS_UNMAP) this.#unmap(bytesOf(argument));
     else refuse("ENOTTY");
     return 0;
   };
@@ -166,14 +167,13 @@ export class FakeIommufd {
     if (id !== this.ioas) refuse("ENOENT");
   }
 
-  #ranges(words: Uint32Array): void {
-    const bytes = bytesOf(words);
+  #ranges(bytes: Uint8Array): void {
     const { ioasId, numIovas, reserved, allowedIovas } = uapi.IoasIovaRanges.read(bytes);
     if (reserved !== 0) refuse("EOPNOTSUPP");
     this.#checkId(ioasId);
     const { ranges } = this.iommu;
     // The array is in the caller's buffer: nobody else's memory is written.
-    const at = allowedIovas - addressOf(words);
+    const at = allowedIovas - addressOf(bytes);
     for (let i = 0; i < ranges.length / 2 && i < numIovas; i++)
       type1.IovaRange.write(bytes, { start: ranges[2 * i]!, last: ranges[2 * i + 1]! }, at + 16 * i);
     uapi.IoasIovaRanges.write(bytes, { numIovas: ranges.length / 2, outIovaAlignment: this.alignment });
@@ -187,12 +187,11 @@ export class FakeIommufd {
     this.iommu.map(userVa, iova, length);
   }
 
-  #unmap(words: Uint32Array): void {
-    const bytes = bytesOf(words);
+  #unmap(bytes: Uint8Array): void {
     const { size, ioasId, iova, length } = uapi.IoasUnmap.read(bytes);
     if (size !== uapi.IoasUnmap.size) refuse("EINVAL");
     this.#checkId(ioasId);
-    const all = iova === 0 && words.subarray(4, 6).every((word) => word === 0xffff_ffff);
+    const all = iova === 0 && bytes.subarray(16).every((byte) => byte === 0xff);
     if (!all && length >= 2 ** 64) refuse("EOVERFLOW");
     const unmapped = this.iommu.unmap(iova, length) ?? refuse("ENOENT");
     if (unmapped === 0 && !all) refuse("ENOENT");
