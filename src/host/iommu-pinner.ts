@@ -69,6 +69,10 @@ export class IommuPinner implements Pinner {
     this.#countedBefore = this.#counted.read();
   }
 
+  get pinsNow(): number {
+    return this.#first.size;
+  }
+
   /** As far as nobody else maps there. */
   get pinsLeft(): number | undefined {
     return this.#room === undefined ? undefined : this.#room - this.#first.size;
