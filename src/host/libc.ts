@@ -131,11 +131,14 @@ export function closeFd(fd: number): void {
 /** Address of a buffer's first byte; stable while the buffer is alive (see above). */
 export const addressOf = (bytes: Bytes): number => Number(koffi().address(bytes));
 
-/** Store a pointer as two 32-bit words, little-endian. */
+/** Store a number below 2^53, as an address is, as two 32-bit words, little-endian: each keeps its own bits only. */
 export function setPointer(at: Uint32Array, word: number, address: number): void {
-  at[word] = address % 2 ** 32;
-  at[word + 1] = Math.floor(address / 2 ** 32);
+  at[word] = address;
+  at[word + 1] = address / 2 ** 32;
 }
+
+/** The same way back. */
+export const pointerAt = (at: Uint32Array, word: number): number => at[word]! + at[word + 1]! * 2 ** 32;
 
 /** `length` bytes of mapped memory. The caller detaches it before it unmaps them. */
 export const viewOf = (address: bigint, length: number): ArrayBuffer => koffi().view(address, length);

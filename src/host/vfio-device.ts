@@ -15,7 +15,7 @@ import {
 import { VfioFunction } from "./vfio-function.ts";
 import { linux, type VfioKernel } from "./vfio-kernel.ts";
 
-const FUNCTIONS = "/sys/bus/pci/devices";
+export const FUNCTIONS = "/sys/bus/pci/devices";
 const CONTAINER = "/dev/vfio/vfio";
 
 /** What makes the kernel give `bdf` to VFIO, to be typed by root. */
@@ -30,7 +30,7 @@ const bindCommands = (bdf: string, driver: string | undefined): string =>
 const UNSAFE = "/sys/module/vfio_iommu_type1/parameters/allow_unsafe_interrupts";
 
 /** A mistake of the person who gave this function, in one sentence. */
-type Refusal = (what: string) => UserError;
+export type Refusal = (what: string) => UserError;
 
 /**
  * A PCI function of this machine for this process, with a container of its own (VFIO type 1): what is mapped there is
@@ -90,7 +90,7 @@ export class VfioDevice {
 }
 
 /** Number of the function's group, as text, once all that does not need VFIO is as it must be. */
-function groupOf(bdf: string, kernel: VfioKernel, refusal: Refusal): string {
+export function groupOf(bdf: string, kernel: VfioKernel, refusal: Refusal): string {
   const at = `${FUNCTIONS}/${bdf}`;
   if (!kernel.list(FUNCTIONS).includes(bdf))
     throw refusal("this machine has no such PCI function; `lspci -D` lists those that it has");
@@ -168,7 +168,7 @@ function attach(container: number, group: number, kernel: VfioKernel, refusal: R
   }
 }
 
-function opened(kernel: VfioKernel, path: string, refusal: (errno: string) => UserError): number {
+export function opened(kernel: VfioKernel, path: string, refusal: (errno: string) => UserError): number {
   try {
     return kernel.open(path);
   } catch (error) {
@@ -178,7 +178,7 @@ function opened(kernel: VfioKernel, path: string, refusal: (errno: string) => Us
 }
 
 /** `fd`, or closed when `check` throws. */
-function checked(fd: number, kernel: VfioKernel, check: () => void): number {
+export function checked(fd: number, kernel: VfioKernel, check: () => void): number {
   try {
     check();
     return fd;

@@ -1,6 +1,7 @@
 import fs from "node:fs";
 import { basename } from "node:path";
 import { HostError } from "../base/errors.ts";
+import { ioctl } from "./ioctl.ts";
 import { lastErrno, libc, MAP_FAILED, systemCall } from "./libc.ts";
 
 /** What VFIO is used by: a kernel's files and calls. Numbers and layouts are those of wire/vfio.ts. */
@@ -12,7 +13,7 @@ export interface VfioKernel {
   /** For reading and writing. This and all below throw HostError. */
   open(path: string): number;
   close(fd: number): void;
-  /** `argument`: a number, or what the call reads and fills. Returns what the call does. */
+  /** See Ioctl. */
   ioctl(fd: number, name: string, request: number, argument: number | Uint8Array): number;
   read(fd: number, into: Uint8Array, offset: number): void;
   write(fd: number, from: Uint8Array, offset: number): void;
@@ -45,13 +46,7 @@ export const linux: VfioKernel = {
   list: (path) => (fs.existsSync(path) ? fs.readdirSync(path) : []),
   open: (path) => asHostError("open", path, () => fs.openSync(path, "r+")),
   close: (fd) => asHostError("close", `fd ${fd}`, () => fs.closeSync(fd)),
-  ioctl: (fd, name, request, argument) =>
-    // SAFETY: the caller's structure says its own size, and the kernel keeps to that.
-    systemCall(`ioctl ${name}`, () =>
-      typeof argument === "number"
-        ? libc.ioctlOfNumber(fd, request, argument)
-        : libc.ioctl(fd, request, argument),
-    ),
+  ioctl,
   read(fd, into, offset) {
     const done = asHostError("pread", `fd ${fd}`, () => fs.readSync(fd, into, 0, into.length, offset));
     if (done !== into.length) throw new HostError("pread", "EIO", `${done} of ${into.length} bytes`);
