@@ -129,6 +129,7 @@ export class HostSide {
   readonly #speculating: Speculating;
   #pinTime = 0;
   readonly #counters: TrackingCounters;
+  readonly #toldRefusals = new Set<string>();
   /** It has been told that not all RAM can be pinned. */
   #toldStopped = false;
   /** Why the pins that should stand before the guest starts do not; told by started(). */
@@ -179,6 +180,7 @@ export class HostSide {
         mastering: () => this.#isMastering(),
         quiet: () => this.#allAreKnown() && !this.#isMastering(),
       },
+      refused: (error) => this.#refused(error),
       ...(openTable && { openTable }),
     });
     this.#frontEnd = createFrontEnd(hasDriver(data.strategy) ? data.frontEnd : "virtio-iommu", {
@@ -338,6 +340,13 @@ export class HostSide {
       kernelPagesAfter: this.#releaseAll(),
       peerErrors: this.#frontEnd.peerErrors,
     };
+  }
+
+  /** Told once for each reason: a guest asks again and again. */
+  #refused(error: HostError): void {
+    if (this.#toldRefusals.has(error.errno)) return;
+    this.#toldRefusals.add(error.errno);
+    this.#warn(explain(error));
   }
 
   #hostFailed(error: HostError): void {
