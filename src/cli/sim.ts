@@ -130,6 +130,8 @@ const LABELS: Readonly<Record<keyof WorldStatistics, string>> = {
   framesSpeculative: "frames pinned unasked",
   speculationSaved: "of them used",
   speculationWasted: "of them unpinned unused",
+  framesBeyondNeed: "frames pinned with others of their mapping, at most",
+  mappingsExhausted: "pins refused because no mapping was left",
 };
 
 function summary(result: SimResult): string {

@@ -74,7 +74,11 @@ export interface RunResult {
     readonly framesNeverTransferred: number | null;
     readonly quotaFrames: number | null;
   };
-  readonly kernel: { readonly pinnedPagesPeak: number | null; readonly source: "VmPin" | "VmLck" | "none" };
+  readonly kernel: {
+    readonly pinnedPagesPeak: number | null;
+    readonly source: "VmPin" | "VmLck" | "none";
+    readonly mappings: MappingsResult | null;
+  };
   /** Counted by the assigned devices. */
   readonly dma: { readonly transfers: number; readonly bytes: number; readonly faults: number };
   /** `mapped` is what the last unpin pass saw; null without one. */
@@ -84,6 +88,15 @@ export interface RunResult {
     readonly mapped: number | null;
     readonly requests: number | null;
   }[];
+}
+
+/** Mappings of an IOMMU; null without one. */
+export interface MappingsResult {
+  readonly peak: number;
+  /** Null for none. */
+  readonly limit: number | null;
+  /** Most frames that were pinned only because they share a mapping with others. */
+  readonly framesBeyondNeedPeak: number;
 }
 
 export interface SpeculationResult {

@@ -1,6 +1,6 @@
 import { monotonicClock } from "../host/clock.ts";
 import { sums } from "../memory/counters.ts";
-import { meanPinned } from "../tracking/counters.ts";
+import { meanPinned, type TrackingCounters } from "../tracking/counters.ts";
 import { backgroundText } from "./background.ts";
 import { claimsOf } from "./claims.ts";
 import type { DriverState, LiveMachine, Machine, MachineEnd, MachineOptions, Worked } from "./machine.ts";
@@ -191,12 +191,17 @@ export function kernelOf(
   { backend }: MachineEnd,
 ): RunResult["kernel"] {
   const before = backend.kernelPagesBefore;
-  if (strategy === "none" || before === null) return { pinnedPagesPeak: null, source: "none" };
+  if (strategy === "none" || before === null)
+    return { pinnedPagesPeak: null, source: "none", mappings: null };
   return {
     pinnedPagesPeak: machine.pins.kernelPagesPeak - before,
     source: machine.started.kernelSource,
+    mappings: mappingsOf(machine.pins),
   };
 }
+
+const mappingsOf = ({ mappingsMax: max, mappingsPeak: peak, framesBeyondNeedPeak }: TrackingCounters) =>
+  max === 0 ? null : { peak, limit: Number.isFinite(max) ? max : null, framesBeyondNeedPeak };
 
 const nowMs = (): number => monotonicClock.now() / 1e6;
 const round = (n: number): number => Math.round(n * 1000) / 1000;

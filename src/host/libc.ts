@@ -86,9 +86,12 @@ export const libc = lazily({
     "void *mremap(void *, size_t, size_t, int)",
   ),
   munmap: bind<(at: bigint, length: number) => number>("int munmap(void *, size_t)"),
-  ioctl: bind<(fd: number, request: number, argument: BigUint64Array) => number>(
-    "int ioctl(int, ulong, void *)",
+  ioctl: bind<(fd: number, request: number, argument: Bytes) => number>("int ioctl(int, ulong, void *)"),
+  ioctlOfNumber: bind<(fd: number, request: number, argument: number) => number>(
+    "int ioctl(int, ulong, long)",
   ),
+  getrlimit: bind<(resource: number, limits: BigUint64Array) => number>("int getrlimit(int, void *)"),
+  setrlimit: bind<(resource: number, limits: BigUint64Array) => number>("int setrlimit(int, void *)"),
   /** syscall(2) in the shapes that are needed; the first argument is the call's number. */
   userfaultfd: bind<(number: number, flags: number) => number>("long syscall(long, int)"),
   ioUringSetup: bind<(number: number, entries: number, params: Uint32Array) => number>(
@@ -130,11 +133,14 @@ export function closeFd(fd: number): void {
 /** Address of a buffer's first byte; stable while the buffer is alive (see above). */
 export const addressOf = (bytes: Bytes): number => Number(koffi().address(bytes));
 
-/** Store a pointer as two 32-bit words, little-endian. */
+/** Store a number below 2^53, as an address is, as two 32-bit words, little-endian: each keeps its own bits only. */
 export function setPointer(at: Uint32Array, word: number, address: number): void {
-  at[word] = address % 2 ** 32;
-  at[word + 1] = Math.floor(address / 2 ** 32);
+  at[word] = address;
+  at[word + 1] = address / 2 ** 32;
 }
+
+/** The same way back. */
+export const pointerAt = (at: Uint32Array, word: number): number => at[word]! + at[word + 1]! * 2 ** 32;
 
 /** `length` bytes of mapped memory. The caller detaches it before it unmaps them. */
 export const viewOf = (address: bigint, length: number): ArrayBuffer => koffi().view(address, length);

@@ -57,6 +57,8 @@ export interface BackendOptions {
   /** The faults of devices are about to be looked for, by `report`. */
   reportFaults(report: () => void): void;
   readonly claims: ClaimsModel;
+  /** See FakeHost. */
+  readonly mappings: number;
   harvestBegins(): void;
   harvested(slice: DirtySlice): void;
   /** Called between two pieces of work. */
@@ -106,7 +108,7 @@ export class Backend implements Actor {
       },
     });
     const makeHost = options.makeHost ?? ((...args) => new FakeHost(...args));
-    this.host = makeHost(this.#turn, options.faults, options.observer);
+    this.host = makeHost(this.#turn, options.faults, options.observer, options.mappings);
     const started = this.#start();
     ({
       memory: this.#memory,
@@ -319,7 +321,9 @@ export class CheckedTracker extends Tracker {
     const { failures } = this.#host;
     const tight = this.pinned >= this.quota;
     const granted = super.touched(gfn, device);
-    const excused = tight || this.#host.failures !== failures;
+    // Of a mapping that others use, so that it cannot go.
+    const stale = this.#host.mapsOnce && this.#host.holds(gfn) && !this.#host.holdsPresent(gfn);
+    const excused = tight || stale || this.#host.failures !== failures;
     if (excused) this.#faultMayFail();
     if (granted ? !this.#host.holds(gfn) : this.#iommu.isFaultCapable(device) && !excused)
       throw new Violation(
@@ -332,6 +336,8 @@ export class CheckedTracker extends Tracker {
     const [ranges] = asked;
     const before = new Set([...this.#host.pages].map(({ gfn }) => gfn));
     const since = this.#claims.now;
+    const { mapsOnce, pinsMax, pinsLeft } = this.#host;
+    const scarce = pinsMax !== undefined && 2 * pinsLeft! <= pinsMax;
     const status = super.pin(...asked);
     if (status === VIRTIO_IOMMU_S_OK) {
       for (const { gfn, nrFrames } of ranges)
@@ -340,7 +346,7 @@ export class CheckedTracker extends Tracker {
           if (!this.#host.holds(gfn + i))
             throw new Violation(`PIN of frame ${gfn + i} is OK, but it is not held`);
         }
-      this.#checkSpeculated(ranges, before);
+      this.#checkUnasked(ranges, before, scarce, mapsOnce);
     } else
       for (const { gfn } of this.#host.pages)
         if (!before.has(gfn))
@@ -348,13 +354,19 @@ export class CheckedTracker extends Tracker {
     return status;
   }
 
-  /** What a request has brought about beside its own frames. */
-  #checkSpeculated(ranges: Parameters<Tracker["pin"]>[0], before: ReadonlySet<Gfn>): void {
+  /** What a request has brought about beside its own frames. `scarce`: mappings were; `grows`: they may take others along. */
+  #checkUnasked(
+    ranges: Parameters<Tracker["pin"]>[0],
+    before: ReadonlySet<Gfn>,
+    scarce: boolean,
+    grows: boolean,
+  ): void {
     const asked = (gfn: number) => ranges.some((r) => r.gfn <= gfn && gfn < r.gfn + r.nrFrames);
     const pages = [...this.#host.pages].filter(({ gfn }) => !before.has(gfn) && !asked(gfn));
     for (const { gfn, anew } of pages)
-      if (anew) throw new Violation(`frame ${gfn}, which was discarded, gets memory unasked`);
-    const unasked = [...new Set(pages.map(({ gfn }) => gfn))];
+      if (anew && !scarce) throw new Violation(`frame ${gfn}, which was discarded, gets memory unasked`);
+    const shown = new Set(this.frames());
+    const unasked = [...new Set(pages.map(({ gfn }) => gfn))].filter((gfn) => !grows || shown.has(gfn));
     const budget = Number(this.speculation.parameters.budget ?? 0);
     if (unasked.length > budget)
       throw new Violation(`a request has pinned frames ${unasked} unasked; there may be ${budget}`);

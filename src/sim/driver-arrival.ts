@@ -59,12 +59,13 @@ export class DriverArrival {
   }
 
   mayBoot({ draining, needsRestart }: Guest): boolean {
-    const { driverComes, activationTimeout, hostile, pinFails, operator } = this.#settings;
+    const { driverComes, activationTimeout, hostile, pinFails, operator, mappings } = this.#settings;
     // A backend that starts in place of one that died leaves the guest as it is.
     if (draining || needsRestart) return true;
     const passed = this.#turns.time - this.#poweredOn;
     if (driverComes !== "when all is pinned") return passed >= milliseconds(driverComes);
-    const hindered = hostile || pinFails > 0 || operator > 0;
+    const scarce = mappings > 0 && mappings < Number.POSITIVE_INFINITY;
+    const hindered = hostile || pinFails > 0 || operator > 0 || scarce;
     const allPinned = this.allPinned();
     if (!allPinned && !hindered && passed > milliseconds(activationTimeout) + ALL_PINNED_WITHIN)
       throw new Violation("no driver was there in time, and not all RAM is pinned");

@@ -2,7 +2,7 @@ import { HostError } from "../base/errors.ts";
 import { FRAME_SIZE, type Gfn } from "../base/units.ts";
 import type { Pinner } from "../tracking/pinner.ts";
 import { frameAsPlace } from "./stepped-memory.ts";
-import { step, type Turn } from "./turn.ts";
+import { step, type Turn, Violation } from "./turn.ts";
 
 /** Where the host has guest frame 0 mapped: a number to compute with, which nobody follows. */
 export const HOST_BASE = 0x7f00_0000_0000;
@@ -39,10 +39,14 @@ export interface PinnedPage {
 export class FakeHost implements Pinner {
   readonly name = "model";
   readonly kernelSource = "none";
+  /** As an IOMMU with so many mappings; 0: pages are pinned as often as asked. */
+  readonly pinsMax: number | undefined;
+  readonly mapsOnce: boolean;
   readonly pages = new Set<PinnedPage>();
   readonly #byHandle = new Map<number, readonly PinnedPage[]>();
-  /** Pins that were refused. */
+  /** Pins that were refused, and of them those for which there was no mapping left. */
   failures = 0;
+  exhausted = 0;
   readonly #pins = new Map<Gfn, number>();
   readonly #holes = new Set<Gfn>();
   readonly #faults: HostFaults;
@@ -50,10 +54,19 @@ export class FakeHost implements Pinner {
   #turn: Turn;
   #next = 0;
 
-  constructor(turn: Turn, faults: HostFaults, observer: HostObserver) {
+  constructor(turn: Turn, faults: HostFaults, observer: HostObserver, mappings = 0) {
+    this.mapsOnce = mappings > 0;
+    this.pinsMax = mappings === 0 || mappings === Number.POSITIVE_INFINITY ? undefined : mappings;
     this.#turn = turn;
     this.#faults = faults;
     this.#observer = observer;
+  }
+
+  get pinsNow(): number {
+    return this.#byHandle.size;
+  }
+  get pinsLeft(): number | undefined {
+    return this.pinsMax === undefined ? undefined : this.pinsMax - this.pinsNow;
   }
 
   holds(gfn: number): boolean {
@@ -88,8 +101,14 @@ export class FakeHost implements Pinner {
       const present = addresses[i]! >= PRESENT;
       const frames = (lengths?.[i] ?? FRAME_SIZE) / FRAME_SIZE;
       const refusal = () => {
-        for (let gfn = first; present && gfn < first + frames; gfn++)
-          if (!this.hasMemory(gfn as Gfn)) return "EFAULT";
+        for (let gfn = first; gfn < first + frames; gfn++) {
+          if (this.mapsOnce && this.holds(gfn)) throw new Violation(`frame ${gfn} is mapped a second time`);
+          if (present && !this.hasMemory(gfn as Gfn)) return "EFAULT";
+        }
+        if (this.pinsLeft === 0) {
+          this.exhausted++;
+          return "ENOSPC";
+        }
         return this.#faults.pin();
       };
       const errno = step(this.#turn, "pin", refusal, frameAsPlace(first));

@@ -63,6 +63,8 @@ export interface Settings {
   readonly strays: number;
   /** A CPU maps what it can, and lets no device use it. */
   readonly selfish: boolean;
+  /** Mappings of the IOMMU that the host pins with, maybe without a limit; 0: it pins pages as often as asked. */
+  readonly mappings: number;
 }
 
 export function settingsOf(seed: number): Settings {
@@ -95,6 +97,7 @@ export function settingsOf(seed: number): Settings {
     faultCapable: random(seed ^ 0x0fa1_7ed0)(2) === 0,
     strays: [0, 4, 60][random(seed ^ 0x57ea_7000)(3)]!,
     selfish: random(seed ^ 0x5e1f_1540)(4) === 0,
+    mappings: mappingsOf(random(seed ^ 0x10_33a7)),
   };
   // Who takes over from a backend that died in a machine reset cannot tell what was discarded before: ADR 4, 36.
   if (settings.machineResets > 0 && settings.backendDies > 0) settings.balloon = false;
@@ -113,6 +116,9 @@ export function settingsOf(seed: number): Settings {
   } as const;
   return { ...settings, ...impossible, frontEnd: "crosvm" };
 }
+
+const mappingsOf = (next: Random): number =>
+  next(3) > 0 ? 0 : next(4) === 0 ? Number.POSITIVE_INFINITY : 4 + next(12);
 
 /** The same with a second device that moves, or not. */
 function withDomains(settings: Settings, next: Random): Settings {

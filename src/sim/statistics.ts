@@ -27,4 +27,6 @@ export interface WorldStatistics {
   readonly framesSpeculative: number;
   readonly speculationSaved: number;
   readonly speculationWasted: number;
+  readonly framesBeyondNeed: number;
+  readonly mappingsExhausted: number;
 }

@@ -197,6 +197,8 @@ export class World {
       framesSpeculative: this.#counters.framesSpeculative,
       speculationSaved: this.#counters.speculationSaved,
       speculationWasted: this.#counters.speculationWasted,
+      framesBeyondNeed: this.#counters.framesBeyondNeedPeak,
+      mappingsExhausted: this.host.exhausted,
     };
   }
 
@@ -281,6 +283,7 @@ export class World {
       faultCapable: settings.faultCapable ? [settings.devices] : [],
       faultMayFail: () => this.checks.faultMayFail(),
       claims: this.#claims,
+      mappings: settings.mappings,
       passInterval: milliseconds(settings.interval),
       harvestInterval: milliseconds(settings.harvestInterval),
       harvestSlice: settings.harvestSlice,
@@ -350,8 +353,10 @@ export class World {
       this.#gate.allows(gfn as Gfn),
     );
     // Where a hostile guest's domains lead to, nobody knows beforehand.
-    if (!this.settings.hostile || this.settings.remapping === "none")
-      this.#claims.check(tracker.frames(), this.#counters.framesClaimed, countUnused(this.#iommu));
+    if (!this.settings.hostile || this.settings.remapping === "none") {
+      const held = [...this.host.pages].map(({ gfn }) => gfn);
+      this.#claims.check(tracker.frames(), held, this.#counters.framesClaimed, countUnused(this.#iommu));
+    }
     this.#arrival.check();
     if (this.#guest.draining) return;
     this.#balloon.between(this.#backend.passes);

@@ -63,7 +63,7 @@ export class BackgroundPins {
   /** Pin some more; returns how many. Throws HostError: then none of them is. */
   slice(): number {
     // A part of RAM is of no use to a device that may touch any of it, and leaves no room for what it does touch.
-    if (this.frames + this.#pins.orphans > this.#quota()) return this.#stop("quota");
+    if (this.frames + this.#pins.abandoned > this.#quota()) return this.#stop("quota");
     // A set, because the walk may have begun anew and come to what was refused.
     const wanted = new Set(this.#refused.filter((gfn) => !this.#pins.ledger.has(gfn)));
     for (let n = 0; n < SLICE_FRAMES && wanted.size < SLICE_FRAMES; n++) {

@@ -1,5 +1,6 @@
 import type { Nanoseconds } from "../base/units.ts";
 import type { Counters } from "../memory/counters.ts";
+import type { Pinner } from "./pinner.ts";
 
 /** What is so now, for observers, who never ask the backend. */
 export const TRACKING_STATE = [
@@ -25,6 +26,12 @@ export const TRACKING_STATE = [
   "speculationUsed",
   /** 1 once a function was assigned whose DMA no gate of ours sees. */
   "dmaUnseen",
+  /** Of framesNow, those that are pinned only because others are. */
+  "framesBeyondNeed",
+  /** Mappings of an IOMMU, and how many there may be: Infinity without a limit, 0 without an IOMMU. */
+  "mappings",
+  "mappingsLeft",
+  "mappingsMax",
 ] as const;
 
 export const TRACKING_COUNTERS = [
@@ -44,6 +51,8 @@ export const TRACKING_COUNTERS = [
   "frameTime",
   "changedAt",
   "startedAt",
+  "framesBeyondNeedPeak",
+  "mappingsPeak",
   "kernelPagesPeak",
   "passes",
   /** Frames that were unpinned, and asked for again within an interval between passes. */
@@ -63,6 +72,20 @@ export function countPinned(counters: TrackingCounters, pinned: number, now: Nan
   counters.changedAt = now;
   counters.framesNow = pinned;
   counters.framesPeak = Math.max(counters.framesPeak, pinned);
+}
+
+/** What an IOMMU has now. */
+export function countMappings(
+  counters: TrackingCounters,
+  { pinsNow = 0, pinsMax = Number.POSITIVE_INFINITY, pinsLeft = pinsMax }: Pinner,
+  beyondNeed: number,
+): void {
+  counters.mappings = pinsNow;
+  counters.mappingsMax = pinsMax;
+  counters.mappingsLeft = pinsLeft;
+  counters.mappingsPeak = Math.max(counters.mappingsPeak, pinsNow);
+  counters.framesBeyondNeed = beyondNeed;
+  counters.framesBeyondNeedPeak = Math.max(counters.framesBeyondNeedPeak, beyondNeed);
 }
 
 /** Frames pinned since the beginning, on average over time. */

@@ -3,6 +3,7 @@ import { grown } from "../base/frame-index.ts";
 import { FRAME_SIZE, type Gfn, gpaOf } from "../base/units.ts";
 import type { GuestMemory, GuestRegion } from "../memory/guest-memory.ts";
 import type { GfnBuffer } from "../policy/policy.ts";
+import type { FramePins } from "./frame-pins.ts";
 import type { Ledger } from "./ledger.ts";
 import type { Pinner } from "./pinner.ts";
 
@@ -28,7 +29,7 @@ interface Extent {
  * nobody: it pins through GuestRegion.presentAddress, and memory that has none is pinned frame by frame from the start.
  * An extent with discarded frames stays as it is until they go too (addDiscarded), or have memory again.
  */
-export class Extents {
+export class Extents implements FramePins {
   readonly #memory: GuestMemory;
   readonly #pinner: Pinner;
   readonly #ledger: Ledger;
@@ -49,15 +50,18 @@ export class Extents {
     this.#ledger = ledger;
   }
 
-  /** Pages that are pinned for no frame any more. */
   get orphans(): number {
     return this.#orphans;
   }
+  get abandoned(): number {
+    return this.#orphans;
+  }
 
-  /**
-   * Pin frames of RAM, and tell the handle of each; `present`: where the kernel can tell, only if all have memory. Throws
-   * HostError; then none of them is.
-   */
+  /** An orphan is never taken over: what is pinned again gets a pin of its own. */
+  covers(): boolean {
+    return false;
+  }
+
   pin(gfns: readonly Gfn[], pinned: (gfn: Gfn, handle: number) => void, present = false): void {
     this.#addresses = grown(this.#addresses, gfns.length);
     this.#lengths = grown(this.#lengths, gfns.length);
@@ -91,9 +95,6 @@ export class Extents {
     }
   }
 
-  /**
-   * Take over pins, page by page; those of one handle follow each other. A page whose frame has a pin is of no frame.
-   */
   adopt(
     pages: Iterable<readonly [gfn: Gfn, handle: number]>,
     pinned: (gfn: Gfn, handle: number) => void,
@@ -101,24 +102,24 @@ export class Extents {
     for (const [gfn, handle] of pages) {
       const { first, count, orphans } = this.#extents.get(handle) ?? { first: gfn, count: 0, orphans: 0 };
       this.#extents.set(handle, { first, count: count + 1, orphans });
-      if (this.#ledger.has(gfn)) this.abandon(handle);
+      if (this.#ledger.has(gfn)) this.#abandon(handle);
       else pinned(gfn, handle);
     }
     for (const [handle, { count }] of this.#extents) if (count === 1) this.#extents.delete(handle);
   }
 
-  /** A page of this pin is of no frame any more: it goes with releaseOrphans(). */
-  abandon(handle: number): void {
+  abandon(_gfn: Gfn, handle: number): void {
+    this.#abandon(handle);
+  }
+
+  #abandon(handle: number): void {
     this.#abandoned.add(handle);
     this.#orphans++;
     const extent = this.#extents.get(handle);
     if (extent) extent.orphans++;
   }
 
-  /**
-   * Append to `gfns` the frames beside them, in their extents, that have lost their memory: an extent that is split has to
-   * lose them too.
-   */
+  /** An extent that is split has to lose them too. */
   addDiscarded(gfns: GfnBuffer): void {
     if (this.#extents.size === 0) return;
     for (const [handle, going] of this.#byHandle(gfns)) {
@@ -130,14 +131,17 @@ export class Extents {
     }
   }
 
-  /** Release the pins of `gfns`, frames of the ledger that no device reaches. Returns the handles of those that went. */
   release(gfns: GfnBuffer): ReadonlySet<number> {
     return this.#release(this.#byHandle(gfns));
   }
 
-  /** Release pages of no frame; the rest of their extents stays pinned. */
+  /** The rest of their extents stays pinned. */
   releaseOrphans(): void {
     this.#release(new Map([...this.#abandoned].map((handle): [number, Gfn[]] => [handle, []])));
+  }
+
+  collectOrphans(): null {
+    return null;
   }
 
   #byHandle(gfns: GfnBuffer): Map<number, Gfn[]> {
@@ -222,7 +226,7 @@ export class Extents {
       return true;
     }
     // What is going can go as a whole from now on, so that a host that refuses is not asked for more pins again and again.
-    for (const _ of rest) this.abandon(handle);
+    for (const _ of rest) this.#abandon(handle);
     return false;
   }
 

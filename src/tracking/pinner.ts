@@ -8,6 +8,8 @@ export interface Pinner {
    * and what is pinned as one is released as one.
    */
   readonly mapsOnce?: boolean;
+  /** Mappings of an IOMMU now. */
+  readonly pinsNow?: number;
   /** Pins that the kernel allows at once, whatever their lengths, and how many more it has room for now; undefined: no limit. */
   readonly pinsMax?: number | undefined;
   readonly pinsLeft?: number | undefined;

@@ -3,7 +3,9 @@ import { grown } from "../base/frame-index.ts";
 import { type Gfn, gpaOf, type Nanoseconds } from "../base/units.ts";
 import type { GuestMemory } from "../memory/guest-memory.ts";
 import type { Claim, GfnBuffer, UnpinPolicy } from "../policy/policy.ts";
+import { Blocks } from "./blocks.ts";
 import { Extents } from "./extents.ts";
+import type { FramePins, OrphanRange } from "./frame-pins.ts";
 import { Ledger, NO_TABLE, ONLY_DOMAINS, SPECULATED } from "./ledger.ts";
 import { framesOf, type Mapping } from "./mapping-trees.ts";
 import type { Pinner } from "./pinner.ts";
@@ -25,7 +27,7 @@ export class Pins {
   readonly ledger: Ledger;
   readonly #memory: GuestMemory;
   readonly #pinner: Pinner;
-  readonly #extents: Extents;
+  readonly #extents: FramePins;
   readonly #iommu: SoftwareIommu;
   readonly #clock: Clock;
   #policy: UnpinPolicy;
@@ -44,13 +46,19 @@ export class Pins {
     readonly iommu: SoftwareIommu;
     readonly policy: UnpinPolicy;
     readonly clock: Clock;
+    /** See Blocks. */
+    readonly room?: () => number;
+    readonly mayPin?: (gfn: Gfn) => boolean;
     /** Told what a policy is told, also of what was pinned before the policy came. */
     readonly observers?: readonly PinObserver[] | undefined;
   }) {
     this.#memory = o.memory;
     this.#pinner = o.pinner;
     this.ledger = new Ledger((gfn, claimed) => o.iommu.setUnused(gfn, claimed));
-    this.#extents = new Extents(o.memory, o.pinner, this.ledger);
+    const { room = () => Number.POSITIVE_INFINITY, mayPin = () => true } = o;
+    this.#extents = o.pinner.mapsOnce
+      ? new Blocks({ memory: o.memory, pinner: o.pinner, ledger: this.ledger, room, mayPin })
+      : new Extents(o.memory, o.pinner, this.ledger);
     this.#iommu = o.iommu;
     this.#policy = o.policy;
     this.#observers = [...(o.observers ?? [])];
@@ -88,9 +96,21 @@ export class Pins {
   get size(): number {
     return this.ledger.size + this.orphans;
   }
-  /** Of them, those of no frame any more: they had to go while the host kept them, and are tried again. */
+  /** Of them, those of no frame of the ledger. */
   get orphans(): number {
     return this.#extents.orphans;
+  }
+  /** Of these, those that had to go while the host kept them, and are tried again. */
+  get abandoned(): number {
+    return this.#extents.abandoned;
+  }
+  /** Whether pinning a frame that is not in the ledger takes over an orphan. */
+  covers(gfn: Gfn): boolean {
+    return this.#extents.covers(gfn);
+  }
+  /** See FramePins.collectOrphans(). */
+  collectOrphans(range: OrphanRange, from: number, out: Gfn[]): number | null {
+    return this.#extents.collectOrphans(range, from, out);
   }
 
   /** Pin frames that are RAM and not pinned yet. Throws HostError; then none of them is. */
@@ -121,13 +141,13 @@ export class Pins {
     for (const observer of this.#observers) observer.used?.(gfn, now);
   }
 
-  /** Take over pins that an earlier backend made and did not release; the host still holds them. See Extents.adopt(). */
+  /** Take over pins that an earlier backend made and did not release; the host still holds them. See FramePins.adopt(). */
   adopt(pages: Iterable<readonly [gfn: Gfn, handle: number]>): void {
     const now = this.#clock.now();
     this.#extents.adopt(pages, (gfn, handle) => this.#hold(gfn, handle, NO_TABLE, now));
   }
 
-  /** Append frames that are to be tried too, see Extents.addDiscarded(). */
+  /** Append frames that are to be tried too, see FramePins.addDiscarded(). */
   addDiscarded(gfns: GfnBuffer): void {
     this.#extents.addDiscarded(gfns);
   }
@@ -209,13 +229,13 @@ export class Pins {
   drop(gfns: readonly Gfn[]): void {
     for (const gfn of gfns) {
       this.#iommu.revoke(gfn);
-      this.#extents.abandon(this.ledger.remove(gfn));
+      this.#extents.abandon(gfn, this.ledger.remove(gfn));
       this.tried(gfn, "gone", this.#clock.now());
     }
     this.releaseOrphans();
   }
 
   releaseOrphans(): void {
-    if (this.orphans > 0 && this.#iommu.quiesce()) this.#extents.releaseOrphans();
+    if (this.abandoned > 0 && this.#iommu.quiesce()) this.#extents.releaseOrphans();
   }
 }

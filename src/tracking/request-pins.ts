@@ -31,7 +31,12 @@ interface RequestPinsOptions {
   room(): number;
   /** Unpin now all that may be. True if anything was unpinned. */
   unpinAll(): boolean;
+  /** Told why the host, and not the guest's request or quota, is to blame for a status. */
+  refused(error: HostError): void;
 }
+
+/** What the host may have room for again once something is unpinned. */
+const SHORTAGES: readonly string[] = ["ENOMEM", "ENOSPC", "EBUSY"];
 
 /**
  * Frames that the guest asks for, all or nothing: a status of docs/abi.md section 3. They are at most those the guest
@@ -107,29 +112,37 @@ export class RequestPins {
   #pinFresh(count: number, generation: number): number {
     const { pins, counters, room, unpinAll } = this.#o;
     for (let attempt = 0; ; attempt++) {
-      this.#collectFresh(count);
-      const tight = this.#fresh.size > 0 && this.#fresh.size > room();
-      if (!tight) {
+      const pages = this.#collectFresh(count);
+      let refusal: HostError | undefined;
+      if (pages === 0 || pages <= room())
         try {
           pins.pin([...this.#fresh], generation);
           counters.framesPinned += this.#fresh.size;
           return VIRTIO_IOMMU_S_OK;
         } catch (error) {
           if (!(error instanceof HostError)) throw error;
-          if (error.errno !== "ENOMEM") return VIRTIO_IOMMU_S_IOERR;
+          refusal = error;
         }
-      }
+      const hopeless = refusal !== undefined && !SHORTAGES.includes(refusal.errno);
       // What the unpin frees may be among this request's frames, if the guest did not count them: collect again.
-      if (attempt > 0 || !unpinAll()) return tight ? VIRTIO_IOMMU_S_NOMEM : VIRTIO_IOMMU_S_IOERR;
+      if (!hopeless && attempt === 0 && unpinAll()) continue;
+      if (refusal) this.#o.refused(refusal);
+      const noRoom = refusal === undefined || refusal.errno === "ENOSPC";
+      return noRoom ? VIRTIO_IOMMU_S_NOMEM : VIRTIO_IOMMU_S_IOERR;
     }
   }
 
-  #collectFresh(count: number): void {
-    const { ledger } = this.#o.pins;
+  /** Returns how many pages are to be pinned for them. */
+  #collectFresh(count: number): number {
+    const { pins } = this.#o;
+    let pages = 0;
     this.#fresh.clear();
     for (let i = 0; i < count; i++) {
       const gfn = this.#gfns[i]! as Gfn;
-      if (!ledger.has(gfn) && this.#fresh.find(gfn) < 0) this.#fresh.insert(gfn);
+      if (pins.ledger.has(gfn) || this.#fresh.find(gfn) >= 0) continue;
+      this.#fresh.insert(gfn);
+      if (!pins.covers(gfn)) pages++;
     }
+    return pages;
   }
 }

@@ -193,8 +193,13 @@ export class Speculator implements PinObserver {
   #isQuiet(gfn: Gfn): boolean {
     const { memory, pins, table } = this.#o;
     if (pins.ledger.has(gfn) || !memory.find(gpaOf(gfn), FRAME_SIZE)) return false;
+    return this.allows(gfn) && table.isQuiet(gfn);
+  }
+
+  /** Whether a frame may be pinned that the guest has not asked for: see forbid(). */
+  allows(gfn: Gfn): boolean {
     const forbidden = this.#forbidden.some(({ first, end }) => first <= gfn && gfn < end);
-    return (!forbidden || this.#allowed.find(gfn) >= 0) && table.isQuiet(gfn);
+    return !forbidden || this.#allowed.find(gfn) >= 0;
   }
 
   /** Set P, now that the pages are pinned. */

@@ -1,4 +1,5 @@
 import type { Clock } from "../base/clock.ts";
+import type { HostError } from "../base/errors.ts";
 import type { Gpa } from "../base/units.ts";
 import type { GuestMemory } from "../memory/guest-memory.ts";
 import type { UnpinPolicy } from "../policy/policy.ts";
@@ -32,6 +33,8 @@ export interface TrackerOptions {
   readonly pressure?: (file: string) => number;
   /** At first; none without. */
   readonly speculation?: Speculation;
+  /** Told why the host has refused to pin what was asked for. */
+  readonly refused?: (error: HostError) => void;
   readonly speculationStopped?: SpeculatorOptions["stopped"];
   /** The table's view of a unit, and what pins unasked; tests of the checkers put broken ones here. */
   readonly openTable?: (memory: GuestMemory, root: Gpa, levels: number) => DmaTrackingTable;

@@ -6,7 +6,7 @@ import type { Asked, Speculation } from "../policy/speculation/speculation.ts";
 import { VIRTIO_IOMMU_S_OK } from "../wire/virtio-iommu.ts";
 import { OpenAccesses } from "./accesses.ts";
 import { BackgroundPins, STOPPED_BY } from "./background-pins.ts";
-import { countPinned } from "./counters.ts";
+import { countMappings, countPinned } from "./counters.ts";
 import { DirtyTracking } from "./dirty.ts";
 import { DmaTrackingTable } from "./dtt.ts";
 import type { FaultLog } from "./faults.ts";
@@ -58,7 +58,9 @@ export class Tracker {
     const { beforeActivation, activationTimeout = Number.POSITIVE_INFINITY, bus } = options;
     this.#life = new GuestLife(beforeActivation, activationTimeout, bus, options.clock);
     this.#quota = options.quota;
-    this.#pins = new Pins(options);
+    const room = () => this.#quota - this.pinned;
+    const mayPin = (gfn: Gfn) => this.#speculator.allows(gfn);
+    this.#pins = new Pins({ ...options, room, mayPin });
     this.#ledger = this.#pins.ledger;
     this.#accesses = new OpenAccesses(options.iommu);
     this.#table = new TableInUse(this.#ledger, this.#accesses, {
@@ -75,7 +77,6 @@ export class Tracker {
     const { pressure = () => 0 } = options;
     this.#passes = new UnpinPasses({ ...parts, dirty: this.dirty, parked, pressure });
     this.#background = new BackgroundPins(options.memory, this.#pins, options.clock, () => this.#quota);
-    const room = () => this.#quota - this.pinned;
     const { makeSpeculator = (o) => new Speculator(o), speculationStopped: stopped = () => {} } = options;
     this.#speculator = makeSpeculator({ ...parts, memory: options.memory, room, parked, stopped });
     this.#pins.observe(this.#speculator);
@@ -83,6 +84,7 @@ export class Tracker {
     this.#requests = new RequestPins({
       ...{ ...parts, memory: options.memory, dirty: this.dirty, speculator: this.#speculator, room },
       unpinAll: () => this.#unpinAll(),
+      refused: options.refused ?? (() => {}),
     });
     this.remapping = new Remapping(options.iommu, this);
     this.faults = options.iommu.faultLog(options.counters);
@@ -426,8 +428,9 @@ export class Tracker {
   }
 
   #changed(): void {
-    const { counters, clock } = this.#o;
+    const { counters, clock, pinner } = this.#o;
     countPinned(counters, this.pinned, clock.now());
+    if (pinner.mapsOnce) countMappings(counters, pinner, this.#pins.orphans);
     counters.framesClaimed = this.#ledger.claimed;
     counters.backgroundFrames = this.#inBackground ? this.#background.frames : 0;
     counters.backgroundPinned = this.#inBackground ? this.#ledger.size : 0;

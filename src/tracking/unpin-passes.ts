@@ -25,11 +25,14 @@ export interface IdleRange {
 }
 export interface IdleSlice {
   readonly unpinned: number;
-  /** Frames that are mapped, or that the host or a device did not let go of. */
+  /** Frames that are mapped, or that the host or a device did not let go of, or whose page goes only with its neighbours'. */
   readonly stayed: readonly Gfn[];
   /** Null when there is no more. */
   readonly next: number | null;
 }
+
+/** IdleRange.from of a walk's second part. */
+const ORPHANS_FROM = 2 ** 50;
 
 interface UnpinPassesOptions {
   readonly pins: Pins;
@@ -109,13 +112,19 @@ export class UnpinPasses {
     }
   }
 
-  /** One slice of Tracker.unpinIdle(). Throws HostError. */
+  /** One slice of Tracker.unpinIdle(): first what is in the ledger, then what is pinned beside it. Throws HostError. */
   idle({ first, end, from, discarded }: IdleRange): IdleSlice {
     const { pins, clock, parked } = this.#o;
+    if (from >= ORPHANS_FROM) {
+      const stayed: Gfn[] = [];
+      const next = pins.collectOrphans({ first, end, discarded }, from - ORPHANS_FROM, stayed);
+      return { unpinned: 0, stayed, next: next === null ? null : ORPHANS_FROM + next };
+    }
     this.#candidates.clear();
-    const next = pins.ledger.collect(first, end, from, SLICE_FRAMES, this.#candidates);
+    const more = pins.ledger.collect(first, end, from, SLICE_FRAMES, this.#candidates);
     if (discarded) pins.keepDiscarded(this.#candidates);
     const unpinned = parked() ? 0 : this.#unpinCandidates(clock.now(), true);
+    const next = more ?? (pins.orphans > 0 ? ORPHANS_FROM : null);
     this.#candidates.keep((i) => pins.ledger.has(this.#candidates.at(i)));
     const stayed = Array.from({ length: this.#candidates.length }, (_, i) => this.#candidates.at(i));
     return { unpinned, stayed, next };

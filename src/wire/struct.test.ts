@@ -1,6 +1,18 @@
 import assert from "node:assert/strict";
 import test from "node:test";
-import { bytes, completedBy, getUint, le16, le32, le64, le64bits, putUint, struct, u8 } from "./struct.ts";
+import {
+  bytes,
+  completedBy,
+  getUint,
+  le16,
+  le32,
+  le64,
+  le64bits,
+  putUint,
+  struct,
+  u8,
+  wordsOf,
+} from "./struct.ts";
 
 const layout = struct("pair", 12, { low: le64(0), high: le32(8) });
 
@@ -34,6 +46,11 @@ test("read sees through the view's offset, and copies byte fields", () => {
 
 test("encode appends zeroes for what follows the struct", () => {
   assert.deepEqual([...layout.encode({ low: 1 }, 3)], [1, ...new Array(14).fill(0)]);
+});
+
+test("fields are found by words of 32 bits, and one that begins between two is refused", () => {
+  assert.deepEqual(wordsOf(layout), { low: 0, high: 2 });
+  assert.throws(() => wordsOf(struct("s", 6, { a: le16(0), b: le32(2) })), TypeError);
 });
 
 const raw64 = (value: bigint) => {

@@ -111,6 +111,14 @@ export function struct<F extends Fields>(name: string, size: number, fields: F):
   };
 }
 
+/** Where each field begins, in words of 32 bits: for who fills a structure in again and again, as a Uint32Array. */
+export function wordsOf<F extends Fields>(layout: Struct<F>): { readonly [K in keyof F]: number } {
+  const entries = Object.entries(layout.fields).map(([key, { at }]) => [key, at / 4] as const);
+  for (const [key, word] of entries)
+    if (!Number.isInteger(word)) throw new TypeError(`${layout.name}.${key} does not begin at a word`);
+  return Object.fromEntries(entries) as { [K in keyof F]: number };
+}
+
 /** A little-endian number of 1, 2, 4 or 8 bytes, as a register access carries it. */
 export function getUint(from: Uint8Array, at: number, size: number): bigint {
   let value = 0n;

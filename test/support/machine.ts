@@ -18,17 +18,18 @@ export const RAM_FRAMES = 2048;
 /** Table pages of the guest lie from here on. */
 export const TABLE_FRAME = 1536;
 
-export interface MachineOptions extends Partial<TrackerOptions> {
+export interface MachineOptions<P extends FakePinner = FakePinner> extends Partial<TrackerOptions> {
+  readonly pinner?: P;
   readonly regions?: readonly GuestRegion[];
   readonly levels?: number;
 }
 
 /** A guest of 8 MiB, and a tracker over a fake host. The table is not activated. */
-export function machine(options: MachineOptions = {}) {
+export function machine<P extends FakePinner = FakePinner>(options: MachineOptions<P> = {}) {
   const { regions = [ramRegion(0, RAM_FRAMES)], levels = 2, ...rest } = options;
   const clock = new FakeClock();
   const memory = options.memory ?? new GuestMemory();
-  const pinner = new FakePinner();
+  const pinner = options.pinner ?? (new FakePinner() as P);
   const iommuBuffer = createIommuBuffer(2 ** 20);
   const iommu = new SoftwareIommu(iommuBuffer, clock);
   const gate = new DeviceGate(iommuBuffer, 0, () =>
@@ -95,17 +96,20 @@ export function machine(options: MachineOptions = {}) {
   };
 }
 
-export type Machine = ReturnType<typeof machine>;
+export type Machine<P extends FakePinner = FakePinner> = ReturnType<typeof machine<P>>;
 
 /** The same, with its table activated. */
-export function active(options: MachineOptions = {}, complete = true): Machine {
+export function active<P extends FakePinner = FakePinner>(
+  options: MachineOptions<P> = {},
+  complete = true,
+): Machine<P> {
   const m = machine(options);
   m.activate(complete);
   return m;
 }
 
 /** Map, and unmap again: frames that are pinned and idle, with A set. */
-export function idle(m: Machine, ...gfns: number[]): void {
+export function idle(m: Pick<Machine, "map" | "unmap">, ...gfns: number[]): void {
   assert.equal(m.map(...gfns), 0);
   m.unmap(...gfns);
 }

@@ -96,3 +96,55 @@ export class FakePinner implements Pinner {
     this.#pins.clear();
   }
 }
+
+/** A host behind an IOMMU, as VFIO's type 1: a page has one mapping, which goes as a whole, and their number is limited. */
+export class FakeIommu extends FakePinner {
+  readonly mapsOnce = true;
+  pinsMax = 65_535;
+  /** Handle -> frames that the mapping has. */
+  readonly mappings = new Map<number, readonly number[]>();
+  readonly #mapped = new Set<number>();
+
+  get pinsNow(): number {
+    return this.mappings.size;
+  }
+  get pinsLeft(): number {
+    return this.pinsMax - this.pinsNow;
+  }
+
+  /** Frames that devices reach. */
+  maps(gfn: number): boolean {
+    return this.#mapped.has(gfn);
+  }
+
+  override pin(
+    addresses: Float64Array,
+    count: number,
+    handles: Int32Array,
+    lengths?: Float64Array,
+    gpas?: Float64Array,
+  ): void {
+    if (!lengths || !gpas) throw new Error("an IOMMU is to be told where pages go");
+    if (count > this.pinsLeft) throw new HostError("pin", "ENOSPC");
+    const wanted = Array.from({ length: count }, (_, i) =>
+      Array.from({ length: lengths[i]! / 4096 }, (_, page) => gpas[i]! / 4096 + page),
+    );
+    const all = wanted.flat();
+    if (new Set(all).size < all.length || all.some((gfn) => this.#mapped.has(gfn)))
+      throw new HostError("pin", "EEXIST");
+    super.pin(addresses, count, handles, lengths);
+    for (const [i, gfns] of wanted.entries()) {
+      this.mappings.set(handles[i]!, gfns);
+      for (const gfn of gfns) this.#mapped.add(gfn);
+    }
+  }
+
+  override release(handles: Int32Array, count: number): number {
+    const released = super.release(handles, count);
+    for (const handle of handles.subarray(0, released)) {
+      for (const gfn of this.mappings.get(handle)!) this.#mapped.delete(gfn);
+      this.mappings.delete(handle);
+    }
+    return released;
+  }
+}

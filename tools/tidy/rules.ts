@@ -25,7 +25,7 @@ const IMPORTS: Record<string, { readonly code: readonly string[]; readonly types
   virtio: { code: ["base", "wire", "memory", "tracking"] },
   transport: { code: ["base", "wire", "memory", "virtio"] },
   device: { code: ["base", "wire", "memory", "virtio"] },
-  host: { code: ["base", "memory"], types: ["tracking", "transport"] },
+  host: { code: ["base", "wire", "memory"], types: ["tracking", "transport"] },
   driver: { code: ["base", "wire", "memory", "virtio"] },
   sim: { code: CORE },
   replay: { code: CORE },

@@ -240,6 +240,7 @@ async function policyOf({ operator, pins }: LiveMachine): Promise<Static<typeof 
 function trackingOf({ machine, options }: LiveGuest): Static<typeof schemas.Counters>["tracking"] {
   const { pins, started } = machine;
   const tracked = (name: keyof TrackingCounters) => (options.strategy === "coiommu" ? pins[name] : null);
+  const mapped = (name: keyof TrackingCounters) => (pins.mappingsMax > 0 ? pins[name] : null);
   return {
     framesPinned: pins.framesPinned,
     framesUnpinned: pins.framesUnpinned,
@@ -248,6 +249,9 @@ function trackingOf({ machine, options }: LiveGuest): Static<typeof schemas.Coun
     framesPeak: pins.framesPeak,
     framesMean: meanPinned(pins, monotonicClock.now()),
     kernelPagesPeak: started.kernelSource === "none" ? null : pins.kernelPagesPeak,
+    framesBeyondNeed: mapped("framesBeyondNeed"),
+    mappings: mapped("mappings"),
+    mappingsLeft: Number.isFinite(pins.mappingsMax) ? mapped("mappingsLeft") : null,
     pinRequests: tracked("pinRequests"),
     pinRequestsRefused: tracked("pinRequestsRefused"),
     framesFirmware: tracked("framesFirmware"),

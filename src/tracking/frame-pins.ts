@@ -1,0 +1,58 @@
+import type { Gfn } from "../base/units.ts";
+import type { GfnBuffer } from "../policy/policy.ts";
+
+/** Frames [first, end). */
+export interface OrphanRange {
+  readonly first: number;
+  readonly end: number;
+  /** Only those that have lost their memory since they were pinned. */
+  readonly discarded?: boolean | undefined;
+}
+
+/**
+ * The host's pins of the ledger's frames; frames that follow each other may share one. Extents where the host can pin a
+ * page twice, Blocks where it cannot.
+ */
+export interface FramePins {
+  /** Pages that are pinned for no frame of the ledger. */
+  readonly orphans: number;
+  /** Of them, those that are to go as soon as the host lets them. */
+  readonly abandoned: number;
+
+  /** Whether a frame that is not in the ledger has a pin all the same, which pin() would give it. */
+  covers(gfn: Gfn): boolean;
+
+  /**
+   * Pin frames of RAM that are not in the ledger, and tell the handle of each; `present`: where the kernel can tell, only
+   * if all have memory. Throws HostError; then none of them is.
+   */
+  pin(gfns: readonly Gfn[], pinned: (gfn: Gfn, handle: number) => void, present?: boolean): void;
+
+  /**
+   * Take over pins, page by page; those of one handle follow each other. A page whose frame has a pin is of no frame.
+   */
+  adopt(
+    pages: Iterable<readonly [gfn: Gfn, handle: number]>,
+    pinned: (gfn: Gfn, handle: number) => void,
+  ): void;
+
+  /** The frame has left the ledger, whatever becomes of its page: that goes with releaseOrphans(), as soon as it can. */
+  abandon(gfn: Gfn, handle: number): void;
+
+  /** Append to `gfns` the frames beside them that have lost their memory, and have to go with them. */
+  addDiscarded(gfns: GfnBuffer): void;
+
+  /**
+   * `gfns`, frames of the ledger that no device reaches, leave it. Returns the handles of those that may; the others stay
+   * pinned, because the host has refused.
+   */
+  release(gfns: GfnBuffer): ReadonlySet<number>;
+
+  releaseOrphans(): void;
+
+  /**
+   * One slice of a walk over the pages of a range that are pinned for no frame, and stay so: appended to `out`. `from` is
+   * 0, then what was returned; null at the end. Throws HostError.
+   */
+  collectOrphans(range: OrphanRange, from: number, out: Gfn[]): number | null;
+}
