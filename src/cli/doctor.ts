@@ -1,11 +1,12 @@
-import { existsSync, readdirSync } from "node:fs";
+import { existsSync } from "node:fs";
 import { styleText } from "node:util";
 import { Command } from "commander";
 import { IoUringPinner } from "../host/io-uring-pinner.ts";
 import { nativeUnavailable } from "../host/libc.ts";
-import { canExceedMemlock, memlockLimit } from "../host/limits.ts";
+import { canExceedMemlock, MEMLOCK_SLACK, memlockFix, memlockHardLimit } from "../host/limits.ts";
 import { PresentMappings } from "../host/present-mappings.ts";
 import { type Check, diagnose } from "../machine/qemu/doctor.ts";
+import { vfioChecks } from "./doctor-vfio.ts";
 import { writeJson } from "./output.ts";
 
 export const doctorCommand = (): Command =>
@@ -13,13 +14,21 @@ export const doctorCommand = (): Command =>
     .description("What this machine can do: one line each, with the fix.")
     .option("--json <file>", "write the result as JSON, to a file or to - (standard output)")
     .action(async (options: { json?: string }) => {
-      const checks = [...(await diagnose()), native(), ioUring(), memlock(), embedded(), ...optionalParts()];
+      const checks = [
+        ...(await diagnose()),
+        native(),
+        ioUring(),
+        memlockCheck(canExceedMemlock() ? undefined : memlockHardLimit()),
+        embedded(),
+        pressure(),
+        ...vfioChecks(),
+      ];
       const width = Math.max(...checks.map((c) => c.name.length));
       if (options.json !== "-")
-        for (const { name, ok, detail, fix } of checks) {
+        for (const { name, ok, detail, fix, optional } of checks) {
           const mark = ok
             ? paint("green", "ok     ")
-            : fix === null
+            : optional || fix === null
               ? paint("blue", "without")
               : paint("red", "missing");
           process.stdout.write(
@@ -27,7 +36,7 @@ export const doctorCommand = (): Command =>
           );
         }
       writeJson(options.json, { schema: "coiommu.doctor/1", checks });
-      if (checks.some((c) => !c.ok && c.fix !== null)) process.exitCode = 1;
+      if (checks.some((c) => !c.ok && c.fix !== null && !c.optional)) process.exitCode = 1;
     });
 
 /** Colours only on a terminal. */
@@ -59,45 +68,30 @@ function ioUring(): Check {
 
 /** Enough for the firmware window and the buffers of a small guest. */
 const MEMLOCK_MIN = 64 * 2 ** 20;
+/** All of a guest of 1 GiB, as `run` makes one unasked. */
+const MEMLOCK_FOR_ALL = 2 ** 30 + MEMLOCK_SLACK;
 
-function memlock(): Check {
-  const limit = memlockLimit();
-  if (canExceedMemlock()) return { name: "memlock", ok: true, detail: "no limit (CAP_IPC_LOCK)", fix: null };
-  const detail = Number.isFinite(limit) ? `${Math.floor(limit / 1024)} KiB may be pinned` : "no limit";
-  return limit >= MEMLOCK_MIN
-    ? { name: "memlock", ok: true, detail, fix: null }
-    : {
-        name: "memlock",
-        ok: false,
-        detail,
-        fix: "ulimit -l unlimited (limits.conf, or LimitMEMLOCK= of a service)",
-      };
+/** `limit`: what this process may raise its limit to, in bytes; undefined: none counts. */
+export function memlockCheck(limit: number | undefined): Check {
+  const name = "memlock";
+  if (limit === undefined) return { name, ok: true, detail: "no limit (CAP_IPC_LOCK)", fix: null };
+  if (limit === Number.POSITIVE_INFINITY) return { name, ok: true, detail: "no limit", fix: null };
+  const detail = `${Math.floor(limit / 1024)} KiB may be pinned`;
+  const forAll = memlockFix(MEMLOCK_FOR_ALL);
+  if (limit < MEMLOCK_MIN) return { name, ok: false, detail, fix: forAll };
+  const enough = limit >= MEMLOCK_FOR_ALL;
+  return {
+    name,
+    ok: true,
+    detail: enough ? detail : `${detail}; all of a guest of 1 GiB: ${forAll}`,
+    fix: null,
+  };
 }
 
 /** No reason to fail. */
-function optionalParts(): Check[] {
-  const groups = existsSync("/dev/vfio") ? readdirSync("/dev/vfio").filter((name) => /^\d+$/.test(name)) : [];
-  const pressure = "/proc/pressure/memory";
-  return [
-    {
-      name: "PSI",
-      ok: existsSync(pressure),
-      detail: existsSync(pressure)
-        ? `${pressure}, for --policy pressure`
-        : "this kernel says no memory pressure",
-      fix: null,
-    },
-    {
-      name: "VFIO",
-      ok: groups.length > 0,
-      detail: groups.length > 0 ? `groups ${groups.join(", ")}` : "no device is bound to vfio-pci",
-      fix: null,
-    },
-    {
-      name: "iommufd",
-      ok: existsSync("/dev/iommu"),
-      detail: existsSync("/dev/iommu") ? "/dev/iommu" : "this kernel has no /dev/iommu",
-      fix: null,
-    },
-  ];
+function pressure(): Check {
+  const path = "/proc/pressure/memory";
+  return existsSync(path)
+    ? { name: "PSI", ok: true, detail: `${path}, for --policy pressure`, fix: null }
+    : { name: "PSI", ok: false, detail: "this kernel says no memory pressure", fix: null, optional: true };
 }

@@ -1,4 +1,5 @@
 import assert from "node:assert/strict";
+import { spawnSync } from "node:child_process";
 import test from "node:test";
 import { setTimeout as sleep } from "node:timers/promises";
 import { ramRegion } from "../../test/support/guest.ts";
@@ -9,6 +10,7 @@ import { DirectDma } from "../driver/dma.ts";
 import { DmaMapFailed } from "../driver/dma-api.ts";
 import { FramePool } from "../driver/pages.ts";
 import { GuestDriver } from "../driver/viommu.ts";
+import { IoUringPinner } from "../host/io-uring-pinner.ts";
 import { counters, countersBuffer } from "../memory/counters.ts";
 import { createIommuBuffer, DeviceGate } from "../tracking/software-iommu.ts";
 import { TRACKING_COUNTERS } from "../tracking/tracker.ts";
@@ -80,6 +82,76 @@ test("memory that cannot be mapped a second time: a warning says that its pages 
   for (let i = 0; i < 2; i++) assert.equal(host.present!.of(4096, 4096), undefined);
   assert.deepEqual(warnings, ["each page is pinned for itself: mremap: EFAULT (4096 bytes)"]);
   host.stop(() => {});
+});
+
+// In CI a missing real part fails.
+const skip = process.env.CI ? false : (IoUringPinner.unavailable() ?? false);
+
+/** A backend without CAP_IPC_LOCK, and with memlock limits in KiB, has 4 MiB of RAM: what it tells until it starts, and then. */
+function toldOfMemlock(soft: number, hard: number, overrides: Partial<HostSideData>, then = ""): unknown {
+  const load = (path: string) => `await import(${JSON.stringify(import.meta.resolve(path))})`;
+  const child = `
+    const { HostSide } = ${load("./host-side.ts")};
+    const { SharedMapping } = ${load("../host/mapping.ts")};
+    const { memlockLimit } = ${load("../host/limits.ts")};
+    const { createIommuBuffer } = ${load("../tracking/software-iommu.ts")};
+    const { countersBuffer } = ${load("../memory/counters.ts")};
+    const { TRACKING_COUNTERS } = ${load("../tracking/tracker.ts")};
+    const told = [];
+    const host = new HostSide(
+      { iommu: createIommuBuffer(1024), counters: countersBuffer(TRACKING_COUNTERS),
+        assigned: [], frontEnd: "virtio-iommu", qemu: false, strategy: "coiommu", beforeActivation: "none",
+        activationTimeout: Infinity, pinner: "io_uring", policy: "lru", interval: 1e9, speculate: "off",
+        recordingSince: null, ...${JSON.stringify(overrides)}, quota: ${overrides.quota ?? "Infinity"} },
+      (_, text) => told.push(text),
+    );
+    const ram = new SharedMapping(4096 * 1024);
+    host.setMemory([{ gpa: 0, size: ram.size, hostAddress: ram.address, bytes: SharedMapping.bytes(ram) }]);
+    try { for (let slices = 0; slices < 100; slices++) { host.work(); host.started(); } }
+    catch (error) { told.push(error.message); }
+    ${then}
+    console.log(JSON.stringify([memlockLimit() / 1024, ...told]));
+    host.stop(() => {});`;
+  const root = process.getuid?.() === 0;
+  const command = [
+    ...(root
+      ? ["setpriv", "--bounding-set=-ipc_lock,-sys_resource", "--inh-caps=-ipc_lock,-sys_resource"]
+      : []),
+    ...["prlimit", `--memlock=${soft * 1024}:${hard * 1024}`],
+    ...[process.execPath, "--input-type=module", "-e", child],
+  ];
+  const run = spawnSync(command[0]!, command.slice(1), { encoding: "utf8", cwd: "/" });
+  assert.equal(run.status, 0, run.stderr);
+  return JSON.parse(run.stdout);
+}
+
+test("the memlock limit is raised to what there may be when all RAM is pinned, and nobody is told", {
+  skip,
+}, () => {
+  assert.deepEqual(toldOfMemlock(64, 8000, {}), [8000]);
+  assert.deepEqual(toldOfMemlock(64, 2048, { quota: 256 }), [2048], "a quota of 1 MiB needs no more");
+});
+
+test("a hard limit below that is raised to, and told once, with the number that would do", { skip }, () => {
+  const remedy = (kib: number) =>
+    `raise it (\`ulimit -l ${kib}\`, or LimitMEMLOCK=${kib}K of the service), or run as root`;
+  const warning = (kib: number) =>
+    `pins beyond the memlock limit of this process, 4096 KiB, will be refused: ${remedy(kib)}`;
+  assert.deepEqual(toldOfMemlock(64, 4096, {}), [4096, warning(5120)]);
+  const more = "host.commands.setQuota(800);";
+  assert.deepEqual(toldOfMemlock(64, 4096, { quota: 256 }, more), [4096, warning(4224)]);
+  const less = "host.commands.setQuota(700);";
+  assert.deepEqual(toldOfMemlock(64, 4096, { quota: 256 }, less), [4096]);
+});
+
+test("pins that must stand before the guest starts and do not: one sentence, with the number", {
+  skip,
+}, () => {
+  const remedy = "raise it (`ulimit -l 5120`, or LimitMEMLOCK=5120K of the service), or run as root";
+  assert.deepEqual(toldOfMemlock(64, 2048, { strategy: "static" }), [
+    2048,
+    `the host cannot pin guest memory: the memlock limit of this process is 2048 KiB; ${remedy}`,
+  ]);
 });
 
 const noEntry = (error: unknown) => error instanceof DmaMapFailed && error.status === VIRTIO_IOMMU_S_NOENT;

@@ -2,7 +2,7 @@ import { HostError, UserError } from "../base/errors.ts";
 import { type Bdf, FRAME_SIZE } from "../base/units.ts";
 import { monotonicClock } from "../host/clock.ts";
 import { IoUringPinner } from "../host/io-uring-pinner.ts";
-import { canExceedMemlock, memlockLimit } from "../host/limits.ts";
+import { canExceedMemlock, MEMLOCK_SLACK, memlockFix, memlockLimit, raiseMemlock } from "../host/limits.ts";
 import { PresentMappings } from "../host/present-mappings.ts";
 import { SoftwarePinner } from "../host/software-pinner.ts";
 import { counters } from "../memory/counters.ts";
@@ -111,6 +111,8 @@ export class HostSide {
     setQuota: (frames: number) => {
       this.#tracker.setQuota(frames);
       this.#frontEnd.quotaChanged();
+      this.#raiseMemlock(this.memory.size);
+      this.#tellMemlock();
     },
     park: (parked: boolean) => this.#tracker.parkByOperator(parked),
     unpinIdle: (range: IdleRange) => this.#unpinIdle(range),
@@ -135,6 +137,8 @@ export class HostSide {
   /** Why the pins that should stand before the guest starts do not; told by started(). */
   #startFailure: HostError | undefined;
   #started = false;
+  /** What the memlock limit has to be, where it could not be raised so far. */
+  #memlockShort: number | undefined;
 
   /** `tell`: warned of what the host refused while nobody waited for an answer, and given what is recorded. */
   constructor(
@@ -199,6 +203,7 @@ export class HostSide {
     if (covered.length < regions.length) this.#warn(BEYOND_TABLE);
     const range = this.#data.qemu ? ringAddresses(covered) : undefined;
     if (range) this.#frontEnd.setInputRange(range);
+    this.#raiseMemlock(covered.reduce((sum, { size }) => sum + size, 0));
     try {
       this.#tracker.setMemory(covered);
     } catch (error) {
@@ -206,6 +211,25 @@ export class HostSide {
       this.#hostFailed(error);
     }
     if (!this.#started) this.#pinTime += monotonicClock.now() - before;
+  }
+
+  /** What all pins of `ramBytes` may need of the memlock limit. */
+  #memlockNeed(ramBytes: number): number {
+    return Math.min(ramBytes, this.#tracker.quota * FRAME_SIZE) + MEMLOCK_SLACK;
+  }
+
+  #raiseMemlock(ramBytes: number): void {
+    if (this.#pinner.kernelSource === "none" || this.#data.strategy === "none") return;
+    const need = this.#memlockNeed(ramBytes);
+    this.#memlockShort = raiseMemlock(need) ? undefined : need;
+  }
+
+  #tellMemlock(): void {
+    if (this.#memlockShort === undefined) return;
+    this.#warn(
+      `pins beyond the memlock limit of this process, ${Math.floor(memlockLimit() / 1024)} KiB, will be refused: ` +
+        `raise it (${memlockFix(this.#memlockShort)}), or run as root`,
+    );
   }
 
   /**
@@ -262,7 +286,7 @@ export class HostSide {
       else if (this.#started) this.#stopped("the quota is less than the guest has");
     } catch (error) {
       if (!(error instanceof HostError)) throw error;
-      if (this.#started) this.#stopped(explain(error));
+      if (this.#started) this.#stopped(this.#explain(error));
       else this.#startFailure = error;
     }
     if (!this.#started) this.#pinTime += monotonicClock.now() - before;
@@ -295,7 +319,7 @@ export class HostSide {
 
   /** Throws UserError when what should be pinned by now cannot be. */
   started(): Started {
-    if (this.#startFailure) throw new UserError(explain(this.#startFailure), 1);
+    if (this.#startFailure) throw new UserError(this.#explain(this.#startFailure), 1);
     const { backgroundFrames, backgroundPinned } = this.#counters;
     if (backgroundFrames > this.#tracker.quota)
       throw new UserError(
@@ -303,7 +327,9 @@ export class HostSide {
         1,
       );
     const pinning = backgroundPinned < backgroundFrames;
-    this.#started = this.memory.size > 0 && !pinning;
+    const started = this.memory.size > 0 && !pinning;
+    if (started && !this.#started) this.#tellMemlock();
+    this.#started = started;
     return {
       pinMs: this.#pinTime / 1e6,
       ramBytes: this.memory.size,
@@ -346,11 +372,21 @@ export class HostSide {
   #refused(error: HostError): void {
     if (this.#toldRefusals.has(error.errno)) return;
     this.#toldRefusals.add(error.errno);
-    this.#warn(explain(error));
+    this.#warn(this.#explain(error));
+  }
+
+  #explain(error: HostError): string {
+    const text = "the host cannot pin guest memory";
+    if (error.errno !== "ENOMEM" || canExceedMemlock()) return `${text}: ${error.message}`;
+    const need = this.#memlockNeed(this.memory.size);
+    const limit = `the memlock limit of this process is ${Math.floor(memlockLimit() / 1024)} KiB`;
+    return memlockLimit() < need
+      ? `${text}: ${limit}; raise it (${memlockFix(need)}), or run as root`
+      : `${text}: ${error.message}; ${limit}, and what other processes of this user have pinned counts too`;
   }
 
   #hostFailed(error: HostError): void {
-    if (this.#started) this.#warn(explain(error));
+    if (this.#started) this.#warn(this.#explain(error));
     else this.#startFailure = error;
   }
 
@@ -375,14 +411,4 @@ function lifeOf({ strategy, beforeActivation, activationTimeout }: HostSideData)
   return strategy === "static"
     ? ({ beforeActivation: "all", wholeRam: true } as const)
     : ({ beforeActivation: "none" } as const);
-}
-
-function explain(error: HostError): string {
-  if (error.errno !== "ENOMEM" || canExceedMemlock())
-    return `the host cannot pin guest memory: ${error.message}`;
-  const kib = Math.floor(memlockLimit() / 1024);
-  return (
-    `the host cannot pin guest memory: the memlock limit of this process is ${kib} KiB; ` +
-    "raise it (`ulimit -l unlimited`, or LimitMEMLOCK= of the service), or run as root"
-  );
 }

@@ -193,7 +193,7 @@ test("broken twin: a disk with one wrong byte is noticed", () => {
 
 test("a completion of a command that is not in flight is counted and harms nobody", () => {
   const r = nvmeRig();
-  r.memory.write(r.queue.completion + 12, Uint8Array.of(0xff, 0xff, 1, 0));
+  r.memory.write(r.queue.rings.completion + 12, Uint8Array.of(0xff, 0xff, 1, 0));
   assert.equal(r.queue.poll(), 1);
   assert.equal(r.queue.strays, 1);
 });

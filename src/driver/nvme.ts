@@ -1,28 +1,8 @@
 import { invariant } from "../base/errors.ts";
-import type { Gpa, Iova } from "../base/units.ts";
-import type { GuestMemory } from "../memory/guest-memory.ts";
-import {
-  NVME_CMD_FLUSH,
-  NVME_CMD_READ,
-  NVME_CMD_WRITE,
-  NvmeCommand,
-  NvmeCompletion,
-  phaseOf,
-  statusOf,
-} from "../wire/nvme.ts";
+import { NVME_CMD_FLUSH, NVME_CMD_READ, NVME_CMD_WRITE, NvmeCommand } from "../wire/nvme.ts";
 import { type DmaApi, type DmaBuffer, type DmaDirection, DmaMapFailed, type DmaSegment } from "./dma-api.ts";
+import { NvmeRings, type NvmeRingsOptions } from "./nvme-rings.ts";
 import { type PrpList, PrpPool } from "./prp.ts";
-
-/**
- * The doorbells. A real function has them at 1000h + 2 * queue * (4 << CAP.DSTRD), and the completion queue's behind
- * it (NVMe over PCIe Transport Specification 1.0, SQyTDBL and CQyHDBL).
- *
- * ORDERING: both are release writes; the entries below `tail` are visible to the controller before it sees `tail`.
- */
-export interface NvmePort {
-  submit(queue: number, tail: number): void;
-  complete(queue: number, head: number): void;
-}
 
 export interface NvmeRequest {
   readonly kind: "read" | "write" | "flush";
@@ -37,13 +17,9 @@ export interface NvmeRequest {
   done(status: number): void;
 }
 
-export interface NvmeQueueOptions {
-  readonly memory: GuestMemory;
-  readonly dma: DmaApi;
-  readonly port: NvmePort;
-  readonly id: number;
-  /** Entries of both rings; one less is in flight at most. */
-  readonly size: number;
+export interface NvmeQueueOptions extends NvmeRingsOptions {
+  /** Bytes of a block of the namespace; 512 if it is not given. Each request is a multiple of it, and so is its place. */
+  readonly blockSize?: number;
 }
 
 interface Slot {
@@ -52,6 +28,7 @@ interface Slot {
   readonly segments: readonly DmaSegment[];
 }
 
+/** In which requests count. */
 const BLOCK_SIZE = 512;
 const OPCODES = { read: NVME_CMD_READ, write: NVME_CMD_WRITE, flush: NVME_CMD_FLUSH };
 const DIRECTIONS: Record<NvmeRequest["kind"], DmaDirection> = {
@@ -63,41 +40,25 @@ const DIRECTIONS: Record<NvmeRequest["kind"], DmaDirection> = {
  * with every poll(). NVM Express Base Specification 2.0, section 3.3.1.
  */
 export class NvmeQueue {
-  /** For Create I/O Submission Queue and Create I/O Completion Queue. */
-  readonly submission: Iova;
-  readonly completion: Iova;
-  readonly size: number;
+  readonly rings: NvmeRings;
   /** Attempts to map that failed. */
   mapFailures = 0;
   /** Completions of commands that are not in flight: a broken controller. */
   strays = 0;
-  readonly #options: NvmeQueueOptions;
-  readonly #rings: readonly { gpa: Gpa; iova: Iova; length: number }[];
+  readonly #dma: DmaApi;
+  readonly #blockSize: number;
   readonly #prps: PrpPool;
   readonly #waiting: NvmeRequest[] = [];
   /** By command identifier. */
   readonly #slots: (Slot | undefined)[];
   readonly #free: number[];
-  #tail = 0;
-  #head = 0;
-  #phase = 1;
 
   /** Throws DmaMapFailed. */
   constructor(options: NvmeQueueOptions) {
-    const { memory, dma, size } = options;
-    this.#options = options;
-    this.size = size;
-    const lengths = [size * NvmeCommand.size, size * NvmeCompletion.size];
-    const rings: { gpa: Gpa; iova: Iova; length: number }[] = [];
-    this.#rings = rings;
-    try {
-      for (const length of lengths) rings.push({ ...dma.allocCoherent(length), length });
-    } catch (error) {
-      this.#freeRings();
-      throw error;
-    }
-    this.submission = rings[0]!.iova;
-    this.completion = rings[1]!.iova;
+    const { memory, dma, size, blockSize = BLOCK_SIZE } = options;
+    this.#dma = dma;
+    this.#blockSize = blockSize;
+    this.rings = new NvmeRings(options);
     this.#prps = new PrpPool(memory, dma);
     this.#slots = new Array(size - 1);
     this.#free = Array.from({ length: size - 1 }, (_, i) => i);
@@ -105,7 +66,7 @@ export class NvmeQueue {
 
   /** Requests that are not done, those that wait for a mapping included. */
   get pending(): number {
-    return this.#waiting.length + this.size - 1 - this.#free.length;
+    return this.#waiting.length + this.rings.size - 1 - this.#free.length;
   }
 
   submit(request: NvmeRequest): void {
@@ -115,21 +76,7 @@ export class NvmeQueue {
 
   /** Complete what the controller has done, and start what waits. Returns how many completed. */
   poll(): number {
-    const { memory, port, id } = this.#options;
-    let completed = 0;
-    while (completed < this.size - 1) {
-      const at = this.#rings[1]!.gpa + this.#head * NvmeCompletion.size;
-      // ORDERING: acquire; the rest of the entry is read after its phase tag.
-      const field = memory.load16(at + NvmeCompletion.fields.status.at);
-      if (phaseOf(field) !== this.#phase) break;
-      const raw = new Uint8Array(NvmeCompletion.size);
-      memory.read(at, raw);
-      this.#head = (this.#head + 1) % this.size;
-      if (this.#head === 0) this.#phase ^= 1;
-      this.#complete(NvmeCompletion.read(raw).cid, statusOf(field));
-      completed++;
-    }
-    if (completed > 0) port.complete(id, this.#head);
+    const completed = this.rings.poll(({ cid, status }) => this.#complete(cid, status));
     this.#start();
     return completed;
   }
@@ -138,11 +85,7 @@ export class NvmeQueue {
   close(): void {
     invariant(this.pending === 0, "requests are pending");
     this.#prps.close();
-    this.#freeRings();
-  }
-
-  #freeRings(): void {
-    for (const { gpa, iova, length } of this.#rings) this.#options.dma.freeCoherent(gpa, iova, length);
+    this.rings.free();
   }
 
   #complete(cid: number, status: number): void {
@@ -159,7 +102,6 @@ export class NvmeQueue {
   }
 
   #start(): void {
-    const before = this.#tail;
     while (this.#free.length > 0 && this.#waiting.length > 0) {
       const slot = this.#map(this.#waiting[0]!);
       if (!slot) break;
@@ -168,11 +110,11 @@ export class NvmeQueue {
       this.#slots[cid] = slot;
       this.#write(cid, slot);
     }
-    if (this.#tail !== before) this.#options.port.submit(this.#options.id, this.#tail);
+    this.rings.tell();
   }
 
   #map(request: NvmeRequest): Slot | undefined {
-    const { dma } = this.#options;
+    const dma = this.#dma;
     const { buffers } = request;
     const direction = DIRECTIONS[request.kind];
     let list: PrpList | undefined;
@@ -192,7 +134,7 @@ export class NvmeQueue {
   }
 
   #unmap({ request, segments }: Slot): void {
-    const { dma } = this.#options;
+    const dma = this.#dma;
     const direction = DIRECTIONS[request.kind];
     const [first] = segments;
     if (request.buffers.length > 1) dma.unmapSg(segments, direction);
@@ -204,11 +146,9 @@ export class NvmeQueue {
     const length = segments.reduce((sum, s) => sum + s.length, 0);
     const data = length > 0 && {
       ...this.#prps.fill(list, segments),
-      slba: block,
-      nlb: length / BLOCK_SIZE - 1,
+      slba: (block * BLOCK_SIZE) / this.#blockSize,
+      nlb: length / this.#blockSize - 1,
     };
-    const entry = NvmeCommand.encode({ opcode: OPCODES[kind], cid, nsid: 1, ...data });
-    this.#options.memory.write(this.#rings[0]!.gpa + this.#tail * NvmeCommand.size, entry);
-    this.#tail = (this.#tail + 1) % this.size;
+    this.rings.put(NvmeCommand.encode({ opcode: OPCODES[kind], cid, nsid: 1, ...data }));
   }
 }

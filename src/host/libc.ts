@@ -90,6 +90,8 @@ export const libc = lazily({
   ioctlOfNumber: bind<(fd: number, request: number, argument: number) => number>(
     "int ioctl(int, ulong, long)",
   ),
+  getrlimit: bind<(resource: number, limits: BigUint64Array) => number>("int getrlimit(int, void *)"),
+  setrlimit: bind<(resource: number, limits: BigUint64Array) => number>("int setrlimit(int, void *)"),
   /** syscall(2) in the shapes that are needed; the first argument is the call's number. */
   userfaultfd: bind<(number: number, flags: number) => number>("long syscall(long, int)"),
   ioUringSetup: bind<(number: number, entries: number, params: Uint32Array) => number>(

@@ -37,7 +37,7 @@ export function nvmeRig(options: NvmeRigOptions = {}) {
   const parts = nvmeParts({ allocatable: 0x100, ...options });
   const { memory, dma, controller } = parts;
   const queue = new NvmeQueue({ memory, dma, port: controller, id: 1, size: options.size ?? 8 });
-  controller.createQueue(1, queue);
+  controller.createQueue(1, queue.rings);
   /** Let both run until nothing is pending. */
   const settle = (turns = 10_000): void => {
     for (let turn = 0; queue.pending > 0; turn++) {

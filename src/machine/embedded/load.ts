@@ -1,7 +1,8 @@
 import { type Bdf, milliseconds, type Nanoseconds } from "../../base/units.ts";
 import { GENERATOR, type NicSetup } from "../../device/nic.ts";
 import type { NicPort } from "../../driver/nic.ts";
-import { type NvmePort, NvmeQueue } from "../../driver/nvme.ts";
+import { NvmeQueue } from "../../driver/nvme.ts";
+import type { NvmePort } from "../../driver/nvme-rings.ts";
 import { Bell } from "../../memory/bell.ts";
 import type { FioWorkload, GpuWorkload as GpuText, NicWorkload as NicText } from "../workload-text.ts";
 import {
@@ -98,7 +99,7 @@ function nicLoad(nic: NicText, cacheFrames: number, port: NicPort, guest: Guest)
   return { workload, setup: { kind: "nic", setup }, patience: PATIENCE };
 }
 
-const diskSetup = (queue: number, { submission, completion, size }: NvmeQueue): DeviceSetup => ({
+const diskSetup = (queue: number, { rings: { submission, completion, size } }: NvmeQueue): DeviceSetup => ({
   ...{ kind: "disk", queue, layout: { submission, completion, size } },
 });
 

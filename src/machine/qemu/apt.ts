@@ -1,4 +1,4 @@
-import { mkdirSync, readdirSync, statSync } from "node:fs";
+import { existsSync, mkdirSync, readdirSync, statSync } from "node:fs";
 import { join } from "node:path";
 import { UserError } from "../../base/errors.ts";
 import { cacheDirectory, digest } from "./cache.ts";
@@ -28,9 +28,8 @@ export class Apt {
   /** Changes when the lists of packages do. */
   static stamp(): string {
     const folder = privateLists() ?? SYSTEM_LISTS;
-    const files = readdirSync(folder).filter(
-      (name) => name.includes("_Packages") || name.includes("Release"),
-    );
+    const names = existsSync(folder) ? readdirSync(folder) : []; // a machine without apt has none
+    const files = names.filter((name) => name.includes("_Packages") || name.includes("Release"));
     return digest(
       ...files.sort().map((name) => {
         const { size, mtimeMs } = statSync(join(folder, name));

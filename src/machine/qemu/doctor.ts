@@ -14,6 +14,8 @@ export interface Check {
   detail: string;
   /** What to type or do; null when there is nothing to. */
   fix: string | null;
+  /** Coiommu does without it. */
+  optional?: true;
 }
 
 /** What a VM run needs, found out within a second and without installing or downloading anything. */

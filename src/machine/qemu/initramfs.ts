@@ -14,25 +14,41 @@ const STOCK_MODULES = ["virtio_pci", "virtio_blk", "virtio_net", "virtio_balloon
 
 const FOLDERS = ["dev", "etc", "mnt", "proc", "root", "run", "sys", "tmp"];
 
+/** What a guest has beside busybox, fio and the agent. */
+export interface Additions {
+  /** Kind of the cache entry. */
+  readonly kind: string;
+  /** Stock modules of the kernel, by name. */
+  readonly stockModules: readonly string[];
+  readonly modules: readonly GuestModule[];
+  /** Changes when files() does. */
+  readonly key: string;
+  /** They come after the others, and so in place of those with the same name. */
+  files(): Promise<readonly Entry[]>;
+}
+
 /** The guest's whole file system. Not compressed: QEMU copies it faster than a guest under TCG unpacks it. */
 export async function ensureInitramfs(
   kernel: Kernel,
   userland: Userland,
-  modules: readonly GuestModule[],
+  { kind, stockModules, modules, key: ofFiles, files }: Additions,
   report: Report,
 ): Promise<string> {
   const agent = readFileSync(join(GUEST_SOURCES, "agent/init"));
-  const key = digest(ownSources(), kernel.key, userland.key, ...modules.map((module) => module.key), agent);
-  const folder = await cached("initramfs", key, async (temporary) => {
+  const stock = [...STOCK_MODULES, ...stockModules];
+  const keys = [...modules.map((module) => module.key), ...stock, ofFiles];
+  const key = digest(ownSources(), kernel.key, userland.key, ...keys, agent);
+  const folder = await cached(kind, key, async (temporary) => {
     report("packing the guest's file system");
     const entries = [
       ...entriesOf(userland.root),
       ...appletLinks(join(userland.root, "bin/busybox")),
-      ...modulesWithIndex(kernel, STOCK_MODULES, modules),
+      ...modulesWithIndex(kernel, stock, modules),
       { name: "init", contents: agent },
       { name: "sbin", link: "bin" }, // the kernel calls /sbin/modprobe
       { name: "etc/passwd", contents: Buffer.from("root::0:0:root:/root:/bin/sh\n") },
       ...FOLDERS.map((name): Entry => ({ name, folder: true })),
+      ...(await files()),
     ];
     writeFileSync(join(temporary, "initramfs.cpio"), packCpio(withParents(entries)));
   });

@@ -32,7 +32,7 @@ function run(text: string, { failEvery, seed, step, ...options }: Options = {}) 
     workload: { size: 2 * MIB, ...parseFioWorkload(text), seconds: 1 } satisfies FioWorkload,
     region: { start: 4 * MIB, size: 8 * MIB },
   });
-  r.controller.createQueue(3, workload.queue);
+  r.controller.createQueue(3, workload.queue.rings);
   r.dma.failEvery = failEvery ?? r.dma.failEvery;
   runWorkload(workload, r.controller);
   return { ...r, ...workload.measurement, report: report([workload.measurement]), doorbells };
@@ -182,7 +182,7 @@ test("stopped early, in each phase: all is unmapped and freed", () => {
       workload: parseFioWorkload("fio:rw=randrw,seconds=3600"),
       region: { start: 0, size: MIB },
     });
-    r.controller.createQueue(1, workload.queue);
+    r.controller.createQueue(1, workload.queue.rings);
     runWorkload(workload, r.controller, (n) => n === after && workload.stop());
     assert.deepEqual([r.dma.live, r.pages.used, workload.measurement.mismatches], [0, 0, 0]);
   }
