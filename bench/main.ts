@@ -15,14 +15,13 @@ import { vfio } from "./vfio/main.ts";
 const USAGE = `usage: npm run bench -- hot-path|extents|pass [--rounds N] [--json FILE]
        npm run bench -- policies [WORKLOAD…] [--logs FOLDER (kept, and replayed if there)] [--json FILE]
        npm run bench -- policies-live [WORKLOAD…] [--json FILE]
-       npm run bench -- vfio [--device BDF (of this machine, instead of a VM's)] [--native FILE (C, compiled before)]
-                             [--rounds N] [--json FILE]`;
+       npm run bench -- vfio [--device BDF (of this machine, instead of a VM's)] [--rounds N] [--json FILE]`;
 
 const { positionals, values } = parseArgs({
   allowPositionals: true,
   options: {
     ...{ rounds: { type: "string" }, json: { type: "string" }, logs: { type: "string" } },
-    ...{ device: { type: "string" }, native: { type: "string" } },
+    device: { type: "string" },
   },
 });
 const [name, ...more] = positionals;
@@ -53,10 +52,7 @@ switch (name) {
     tell({ ...(await policiesLive(more, say)), machine }, reports.policiesLive);
     break;
   case "vfio":
-    tell(
-      { ...(await vfio({ device: values.device, native: values.native, rounds }, say)), machine },
-      reports.vfio,
-    );
+    tell({ ...(await vfio(values.device, rounds, say)), machine }, reports.vfio);
     break;
   default:
     wrongUsage();
