@@ -19,20 +19,29 @@ const SHOWN = 256 * 2 ** 20;
 /** RAM begins above what IOMMUs reserve below 4 GiB. */
 const FIRST = 2 ** 32;
 
-/** What a guest touches, frame by frame. */
-const TOUCHES = {
-  "one after the other": (frames: number) => (i: number) => (i < frames ? i : undefined),
-  "one after the other, 16 KiB each": (frames: number) => (i: number) => (4 * i < frames ? 4 * i : undefined),
-  "in no order": (frames: number) => {
-    const below = random(1);
-    return () => below(frames);
+/** What a guest touches, `frames` at a time; `present`: memory that it has used before. */
+const CASES = [
+  { how: "in sequence, used memory", frames: 4, present: true, next: (frames: number) => inSequence(frames) },
+  {
+    how: "in sequence, fresh memory",
+    frames: 4,
+    present: false,
+    next: (frames: number) => inSequence(frames),
   },
-} as const;
-const PER_TOUCH: Record<keyof typeof TOUCHES, number> = {
-  "one after the other": 1,
-  "one after the other, 16 KiB each": 4,
-  "in no order": 1,
-};
+  {
+    how: "in no order, fresh memory",
+    frames: 1,
+    present: false,
+    next: (frames: number) => inNoOrder(frames),
+  },
+] as const;
+type Case = (typeof CASES)[number];
+
+const inSequence = (frames: number) => (touch: number) => (4 * touch < frames ? 4 * touch : undefined);
+function inNoOrder(frames: number): (touch: number) => number {
+  const below = random(1);
+  return () => below(frames);
+}
 
 export interface EntriesCase {
   readonly how: string;
@@ -78,9 +87,10 @@ export function entries(
     const limit = within(container, (pinner) => pinner.pinsMax);
     say("pinning page by page");
     const pageWise = within(container, (pinner) => pageByPage(pinner, regions));
-    const cases = (Object.keys(TOUCHES) as (keyof typeof TOUCHES)[]).map((how) => {
-      say(`touching frames ${how}`);
-      return within(container, (pinner) => touch(pinner, regions, frames, how, touchesMax));
+    const fresh = regions.map((region) => ({ ...region, presentAddress: undefined }));
+    const cases = CASES.map((c) => {
+      say(`touching memory ${c.how}`);
+      return within(container, (pinner) => touch(pinner, c.present ? regions : fresh, frames, c, touchesMax));
     });
     return { limit, ramMiB, pageWise: { pinnedMiB: pageWise / MIB_FRAMES }, cases };
   } finally {
@@ -125,15 +135,14 @@ function touch(
   pinner: VfioPinner,
   regions: readonly GuestRegion[],
   frames: number,
-  how: keyof typeof TOUCHES,
+  { how, frames: perTouch, next }: Case,
   touchesMax: number,
 ): EntriesCase {
   const pins = pinsOf(regions, FIRST / PAGE + frames, pinner);
-  const next = TOUCHES[how](frames);
-  const perTouch = PER_TOUCH[how];
+  const frameOf = next(frames);
   let ended: EntriesCase["ended"] = "all touched";
-  for (let i = 0; how !== "in no order" || pins.ledger.size < touchesMax; i++) {
-    const frame = next(i);
+  for (let i = 0; perTouch > 1 || i < touchesMax; i++) {
+    const frame = frameOf(i);
     if (frame === undefined) break;
     const first = FIRST / PAGE + frame;
     const gfns = Array.from({ length: perTouch }, (_, n) => (first + n) as Gfn).filter(
