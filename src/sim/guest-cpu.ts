@@ -350,8 +350,10 @@ export class GuestCpu {
       },
       (error) => {
         device.moving = false;
-        // It cannot be told whether it was done.
-        if (!(error instanceof DmaMapFailed && error.status === VIRTIO_IOMMU_S_DEVERR)) throw error;
+        // It cannot be told whether it was done; and a hostile guest may have lost our function.
+        const { hostile } = this.#guest.parts;
+        if (!(error instanceof DmaMapFailed && (hostile || error.status === VIRTIO_IOMMU_S_DEVERR)))
+          throw error;
       },
     );
   }

@@ -4,7 +4,7 @@ import type { Settings } from "../../src/sim/settings.ts";
 import type { BrokenTwin } from "./twins.ts";
 
 /** P of what is in the balloon outlives the time there. */
-export const BALLOONS: Partial<Settings> = { balloon: true, interval: 10, hostile: false };
+export const BALLOONS: Partial<Settings> = { balloon: true, interval: 10, hostile: false, mappings: 0 };
 
 /** Keeps what it pinned of a batch that fails. */
 class HoardingHost extends FakeHost {
@@ -56,10 +56,23 @@ class GenerousHost extends FakeHost {
   }
 }
 
+/** Never finds what was discarded. */
+class BlindHost extends FakeHost {
+  override discarded(_addresses: Float64Array, count: number, out: Uint8Array): void {
+    out.fill(0, 0, count);
+  }
+}
+
 export const hostTwins: Readonly<Record<string, BrokenTwin>> = {
   "an extent that is released before its rest is pinned": {
     twin: { backend: { makeHost: (...args) => new SplittingHost(...args) } },
     found: /unpinned while it is mapped|the host does not hold it|the guest has claimed/,
+    settings: { mappings: 0 },
+  },
+  "a discarded page that a frame takes over": {
+    twin: { backend: { makeHost: (...args) => new BlindHost(...args) } },
+    found: /hits a page that the guest has given away/,
+    settings: { ...BALLOONS, mappings: 8 },
   },
   "a split that gives memory to what was discarded": {
     twin: { backend: { makeHost: (...args) => new GenerousHost(...args) } },
