@@ -102,7 +102,7 @@ export function settingsOf(seed: number): Settings {
   // Who takes over from a backend that died in a machine reset cannot tell what was discarded before: ADR 4, 36.
   if (settings.machineResets > 0 && settings.backendDies > 0) settings.balloon = false;
   // A lone CPU that only holds what it has takes no step, nor does a pass that tries nothing: nobody would go on.
-  if (settings.cpus === 1 && settings.policy === "off") settings.selfish = false;
+  if (settings.cpus === 1) settings.selfish = false;
   if (next(5) > 0) {
     const late = { ...settings, ...lifeOf(random(seed ^ 0x571c), settings) };
     return withDomains(late, random(seed ^ 0xd0a1_d0a1));

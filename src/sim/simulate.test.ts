@@ -14,10 +14,9 @@ test("seeds bring about every kind of machine", () => {
     assert.ok(new Set(settings.map((s) => s[name])).size > 1, name);
 });
 
-test("regression: a lone CPU and no unpins come to an end, whatever else a seed chooses", () => {
-  for (const seed of [5706, 7754, 8310]) {
-    const { cpus, policy } = settingsOf(seed);
-    assert.deepEqual([cpus, policy], [1, "off"]);
+test("regression: a lone CPU and passes that try nothing come to an end, whatever else a seed chooses", () => {
+  for (const seed of [1776, 5706, 7754, 8310]) {
+    assert.equal(settingsOf(seed).cpus, 1);
     assert.equal(simulate(seed, 5000).error, undefined);
   }
 });
