@@ -1,4 +1,4 @@
-/** `npm run bench -- NAME`: measures, prints a table, writes JSON and a plot. */
+/** `npm run bench -- NAME`, or `coiommu bench NAME`: measures, prints a table, writes JSON and a plot. */
 import { mkdirSync, writeFileSync } from "node:fs";
 import { cpus } from "node:os";
 import { dirname, relative } from "node:path";
@@ -10,17 +10,22 @@ import { pass } from "./pass.ts";
 import { policies } from "./policies.ts";
 import { policiesLive } from "./policies-live.ts";
 import * as reports from "./reports.ts";
+import { vfio } from "./vfio/main.ts";
 
 const USAGE = `usage: npm run bench -- hot-path|extents|pass [--rounds N] [--json FILE]
        npm run bench -- policies [WORKLOAD…] [--logs FOLDER (kept, and replayed if there)] [--json FILE]
-       npm run bench -- policies-live [WORKLOAD…] [--json FILE]`;
+       npm run bench -- policies-live [WORKLOAD…] [--json FILE]
+       npm run bench -- vfio [--device BDF (of this machine, instead of a VM's)] [--rounds N] [--json FILE]`;
 
 const { positionals, values } = parseArgs({
   allowPositionals: true,
-  options: { rounds: { type: "string", default: "61" }, json: { type: "string" }, logs: { type: "string" } },
+  options: {
+    ...{ rounds: { type: "string" }, json: { type: "string" }, logs: { type: "string" } },
+    device: { type: "string" },
+  },
 });
 const [name, ...more] = positionals;
-const rounds = Number(values.rounds);
+const rounds = Number(values.rounds ?? (name === "vfio" ? 21 : 61));
 const machine: reports.Machine = {
   cpu: cpus()[0]?.model ?? "unknown",
   cpus: cpus().length,
@@ -45,6 +50,9 @@ switch (name) {
     break;
   case "policies-live":
     tell({ ...(await policiesLive(more, say)), machine }, reports.policiesLive);
+    break;
+  case "vfio":
+    tell({ ...(await vfio(values.device, rounds, say)), machine }, reports.vfio);
     break;
   default:
     wrongUsage();

@@ -7,6 +7,7 @@ import type { Distribution, PassReport } from "./pass.ts";
 import { barPlot, pointPlot } from "./plot.ts";
 import type { Point, PoliciesReport, PolicyWorkload } from "./policies.ts";
 import type { LiveReport } from "./policies-live.ts";
+import type { VfioReport } from "./vfio/report.ts";
 
 export interface Machine {
   readonly cpu: string;
@@ -135,6 +136,69 @@ export function policiesLive({ runs }: LiveReport): Written {
       ...[figure(r.meanMiB), figure(r.peakMiB), figure(r.iops), r.wrong],
     ]);
   return { text: `one run each, live\n${rows}`, plots: {} };
+}
+
+export function vfio({ kernel, rounds, pins, entries, creation }: VfioReport): Written {
+  const calls = table("ns per frame", "C", "pinner", "over C", "backend", "over C");
+  for (const { what, pin, unpin } of pins)
+    for (const [name, of] of [
+      ["pin", pin],
+      ["unpin", unpin],
+    ] as const)
+      calls.push([
+        ...[`${name}, ${what}`, range(of.c.time, 0), range(of.pinner.time, 0), range(of.pinner.ratio, 2)],
+        ...[range(of.backend.time, 0), range(of.backend.ratio, 2)],
+      ]);
+  const reach = table("touched", "MiB", "pinned MiB", "beyond need", "mappings", "per MiB", "ended by");
+  reach.push([
+    "page by page",
+    figure(entries.pageWise.pinnedMiB),
+    figure(entries.pageWise.pinnedMiB),
+    "0 %",
+    entries.limit ?? "-",
+    256,
+    "no mapping left",
+  ]);
+  for (const c of entries.cases)
+    reach.push([
+      ...[c.how, figure(c.touchedMiB), figure(c.pinnedMiB), `${figure(c.beyondNeedPercent)} %`],
+      ...[c.mappings, figure(c.mappingsPerMiB), c.ended],
+    ]);
+  const times = table(
+    "guest",
+    "static, ms",
+    "coiommu, ms",
+    "static / coiommu",
+    "pinned before: static, ms",
+    "coiommu, ms",
+  );
+  for (const c of creation)
+    times.push([
+      ...[`${c.memoryMiB} MiB`, range(c.static), range(c.coiommu), range(c.ratio, 2)],
+      ...[range(c.pinMs.static), range(c.pinMs.coiommu)],
+    ]);
+  return {
+    text:
+      `pins through VFIO, Linux ${kernel}: min / median / max of ${rounds} rounds\n${calls}\n` +
+      `${entries.limit} mappings, a guest of ${entries.ramMiB} MiB\n${reach}\n` +
+      `until the driver has its disk: min / median / max\n${times}`,
+    plots: {
+      "vfio-creation.svg": barPlot({
+        title: "Creating a guest with a VFIO device",
+        subtitle: `until its driver has the disk, median, whiskers min to max; above: static over coiommu; Linux ${kernel}`,
+        unit: "ms",
+        categories: creation.map((c) => `${c.memoryMiB} MiB`),
+        series: [
+          { name: "coiommu", values: creation.map((c) => c.coiommu), labels: creation.map(() => "") },
+          {
+            name: "static",
+            values: creation.map((c) => c.static),
+            labels: creation.map((c) => `${c.ratio.median.toFixed(1)}×`),
+          },
+        ],
+      }),
+    },
+  };
 }
 
 function paretoOf({ name, workload, seconds, points, optimal }: PolicyWorkload): string {

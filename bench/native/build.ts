@@ -1,6 +1,6 @@
 /**
- * Builds C against the kernel module's own guest/linux/units.c, in user space: bench/native/shim stands in for the
- * kernel's headers.
+ * Builds C in user space, with the kernel module's own guest/linux/units.c if it is to be measured: bench/native/shim
+ * stands in for the kernel's headers.
  */
 import { mkdtempSync, rmSync } from "node:fs";
 import { tmpdir } from "node:os";
@@ -14,7 +14,8 @@ const here = (relative: string) => fileURLToPath(new URL(relative, import.meta.u
 /** As Kbuild compiles the module, as far as it is about speed. */
 const FLAGS = ["-O2", "-std=gnu11", "-fno-strict-aliasing", "-Wall", "-Wextra", "-Werror"];
 const INCLUDES = ["shim", ".", "../../guest/linux"].map((folder) => `-I${here(folder)}`);
-const SOURCES = [here("../../guest/linux/units.c"), here("table.c")];
+/** The module's counting. */
+export const UNITS = [here("../../guest/linux/units.c"), here("table.c")];
 
 const TOOLS: readonly HostTool[] = [
   { package: "gcc", purpose: "compiles the module's C in user space", program: "gcc" },
@@ -32,11 +33,16 @@ export class NativeBinary implements Disposable {
   }
 
   /** Throws what gcc says, or what is to be installed. */
-  static async build(source: URL, kind: "program" | "library", report: Report): Promise<NativeBinary> {
+  static async build(
+    source: URL,
+    kind: "program" | "library",
+    report: Report,
+    others: readonly string[] = UNITS,
+  ): Promise<NativeBinary> {
     await ensureHostTools(report, TOOLS, "compiling the module's C in user space");
     const binary = new NativeBinary(mkdtempSync(join(tmpdir(), "coiommu-native-")), kind);
     const shape = kind === "library" ? ["-shared", "-fPIC", "-fvisibility=hidden"] : [];
-    const files = [...SOURCES, fileURLToPath(source)];
+    const files = [...others, fileURLToPath(source)];
     const { code, stderr } = await command([
       "gcc",
       ...FLAGS,

@@ -1,5 +1,6 @@
 import { Command } from "commander";
 import { attachCommand } from "./attach.ts";
+import { benchCommand } from "./bench.ts";
 import { compareCommand } from "./compare.ts";
 import { doctorCommand } from "./doctor.ts";
 import { policiesCommand } from "./policies.ts";
@@ -22,6 +23,7 @@ export function program(): Command {
     policiesCommand(),
     replayCommand(),
     simCommand(),
+    benchCommand(),
   ])
     root.addCommand(command.copyInheritedSettings(root));
   for (const command of [root, ...root.commands]) command.exitOverride();

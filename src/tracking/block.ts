@@ -1,53 +1,96 @@
+import { grown } from "../base/frame-index.ts";
 import type { Gfn } from "../base/units.ts";
 
 /** Frames of a block: 2 MiB, what a second-level entry of an x86 IOMMU maps. No mapping crosses one. */
 export const BLOCK_FRAMES = 512;
 const WORD_BITS = 32;
 
-/** Frames that one mapping pins. */
-export interface MappedRun {
-  readonly first: Gfn;
-  readonly count: number;
-  readonly handle: number;
-  /** Of its first page; NaN when that was no RAM. */
-  readonly hostAddress: number;
-  /** How many of its frames are in the ledger. */
-  needed: number;
-  /** Frames whose memory is not the pinned page any more. */
-  stale?: Set<Gfn>;
-}
+/** Mappings, by an id of 0 and up that each keeps: a structure of arrays, for tens of thousands of them. */
+export class Mappings {
+  /** First frame, and how many. */
+  first = new Float64Array(16);
+  count = new Int32Array(16);
+  /** The pinner's. */
+  handle = new Int32Array(16);
+  /** Of the first page; NaN when that was no RAM. */
+  hostAddress = new Float64Array(16);
+  /** How many of the frames are in the ledger, and of them how many are about to leave it. */
+  needed = new Int32Array(16);
+  leaving = new Int32Array(16);
+  readonly #free: number[] = [];
+  #ids = 0;
 
-const endOf = ({ first, count }: MappedRun): number => first + count;
+  add(first: number, count: number, handle: number, hostAddress: number): number {
+    const id = this.#free.pop() ?? this.#ids++;
+    if (id === this.first.length) this.#grow(id + 1);
+    this.first[id] = first;
+    this.count[id] = count;
+    this.handle[id] = handle;
+    this.hostAddress[id] = hostAddress;
+    this.needed[id] = 0;
+    this.leaving[id] = 0;
+    return id;
+  }
+
+  remove(id: number): void {
+    this.#free.push(id);
+  }
+
+  end(id: number): number {
+    return this.first[id]! + this.count[id]!;
+  }
+
+  #grow(length: number): void {
+    this.first = grown(this.first, length);
+    this.count = grown(this.count, length);
+    this.handle = grown(this.handle, length);
+    this.hostAddress = grown(this.hostAddress, length);
+    this.needed = grown(this.needed, length);
+    this.leaving = grown(this.leaving, length);
+  }
+}
 
 /** The mappings of 512 aligned frames, and which of these frames the ledger has. */
 export class Block {
-  /** Ascending. */
-  readonly runs: MappedRun[] = [];
+  /** Ids, by first frame. */
+  readonly ids: number[] = [];
+  readonly #mappings: Mappings;
   readonly #first: number;
-  readonly #needed = new Uint32Array(BLOCK_FRAMES / WORD_BITS);
+  readonly #needed = new Int32Array(BLOCK_FRAMES / WORD_BITS);
 
-  constructor(number: number) {
+  constructor(mappings: Mappings, number: number) {
+    this.#mappings = mappings;
     this.#first = number * BLOCK_FRAMES;
   }
 
-  find(gfn: Gfn): MappedRun | undefined {
-    const run = this.runs[this.#after(gfn) - 1];
-    return run && gfn < endOf(run) ? run : undefined;
+  /** The mapping that has `gfn`, or -1. */
+  find(gfn: Gfn): number {
+    const id = this.ids[this.#after(gfn) - 1];
+    return id !== undefined && gfn < this.#mappings.end(id) ? id : -1;
   }
 
-  /** The frames around `gfn`, which no mapping has, up to the next mappings: [from, to). */
-  hole(gfn: Gfn): readonly [from: number, to: number] {
-    const next = this.#after(gfn);
-    const before = this.runs[next - 1];
-    return [before ? endOf(before) : this.#first, this.runs[next]?.first ?? this.#first + BLOCK_FRAMES];
+  /** Where the mapping before `gfn`, which has none, ends. */
+  holeStart(gfn: Gfn): number {
+    const before = this.ids[this.#after(gfn) - 1];
+    return before === undefined ? this.#first : this.#mappings.end(before);
   }
 
-  insert(run: MappedRun): void {
-    this.runs.splice(this.#after(run.first), 0, run);
+  /** Where the mapping behind `gfn`, which has none, begins. */
+  holeEnd(gfn: Gfn): number {
+    const behind = this.ids[this.#after(gfn)];
+    return behind === undefined ? this.#first + BLOCK_FRAMES : this.#mappings.first[behind]!;
   }
 
-  remove(run: MappedRun): void {
-    this.runs.splice(this.runs.indexOf(run), 1);
+  insert(id: number): void {
+    const at = this.#after(this.#mappings.first[id]!);
+    if (at === this.ids.length) this.ids.push(id);
+    else this.ids.splice(at, 0, id);
+  }
+
+  remove(id: number): void {
+    const at = this.#after(this.#mappings.first[id]!) - 1;
+    if (at === this.ids.length - 1) this.ids.pop();
+    else this.ids.splice(at, 1);
   }
 
   isNeeded(gfn: Gfn): boolean {
@@ -70,12 +113,12 @@ export class Block {
     return sum;
   }
 
-  /** Index of the first run behind `gfn`. */
+  /** Index in `ids` of the first mapping behind `gfn`. */
   #after(gfn: number): number {
     let low = 0;
-    for (let high = this.runs.length; low < high; ) {
+    for (let high = this.ids.length; low < high; ) {
       const middle = (low + high) >>> 1;
-      if (this.runs[middle]!.first > gfn) high = middle;
+      if (this.#mappings.first[this.ids[middle]!]! > gfn) high = middle;
       else low = middle + 1;
     }
     return low;

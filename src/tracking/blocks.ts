@@ -1,24 +1,15 @@
 import { HostError, invariant } from "../base/errors.ts";
 import { grown } from "../base/frame-index.ts";
 import { FRAME_SIZE, type Gfn, gpaOf } from "../base/units.ts";
-import type { GuestMemory, GuestRegion } from "../memory/guest-memory.ts";
+import type { GuestMemory } from "../memory/guest-memory.ts";
 import type { GfnBuffer } from "../policy/policy.ts";
-import { BLOCK_FRAMES, Block, type MappedRun } from "./block.ts";
+import { BLOCK_FRAMES, Block, Mappings } from "./block.ts";
 import type { FramePins, OrphanRange } from "./frame-pins.ts";
 import type { Ledger } from "./ledger.ts";
 import type { Pinner } from "./pinner.ts";
 
 /** Blocks that one slice of collectOrphans() looks at. */
 const SLICE_BLOCKS = 64;
-
-/** Frames [from, to) of one region, to be pinned as one. */
-interface Run {
-  readonly from: number;
-  readonly to: number;
-  readonly region: GuestRegion;
-  /** Only if all have memory. */
-  readonly present: boolean;
-}
 
 interface BlocksOptions {
   readonly memory: GuestMemory;
@@ -46,12 +37,19 @@ interface BlocksOptions {
  */
 export class Blocks implements FramePins {
   readonly #o: BlocksOptions;
+  readonly #mappings = new Mappings();
   readonly #blocks = new Map<number, Block>();
-  readonly #byHandle = new Map<number, MappedRun>();
-  /** Handles of mappings of no frame, which the host has not let go of yet. */
+  /** Mappings of no frame, which the host has not let go of yet. */
   readonly #idle = new Set<number>();
+  /** Frames of mappings whose memory is not the pinned page any more. */
+  readonly #stale = new Map<number, Set<Gfn>>();
   #pages = 0;
   #lastBlock = -1;
+  // What is to be pinned: frames [from, to), and whether only if all have memory.
+  #from = new Float64Array(256);
+  #to = new Float64Array(256);
+  #present = new Uint8Array(256);
+  #planned = 0;
   #addresses = new Float64Array(BLOCK_FRAMES);
   #lengths = new Float64Array(256);
   #gpas = new Float64Array(256);
@@ -67,82 +65,61 @@ export class Blocks implements FramePins {
   }
   get abandoned(): number {
     let pages = 0;
-    for (const handle of this.#idle) pages += this.#byHandle.get(handle)!.count;
+    for (const id of this.#idle) pages += this.#mappings.count[id]!;
     return pages;
-  }
-  get mappings(): number {
-    return this.#byHandle.size;
   }
 
   covers(gfn: Gfn): boolean {
-    return this.#find(gfn) !== undefined;
+    return this.#find(gfn) >= 0;
   }
 
+  /** Tells ids of mappings as handles. */
   pin(gfns: readonly Gfn[], pinned: (gfn: Gfn, handle: number) => void, present = false): void {
     const fresh = this.#fresh(gfns);
-    if (fresh.length > 0)
-      this.#map(
-        fresh.sort((a, b) => a - b),
-        present,
-      );
-    for (const gfn of gfns) {
-      const run = this.#find(gfn)!;
-      run.needed++;
-      this.#blockOf(gfn)!.setNeeded(gfn, true);
-      this.#idle.delete(run.handle);
-      pinned(gfn, run.handle);
-    }
+    if (fresh.length > 0) this.#map(fresh, present);
+    for (const gfn of gfns) this.#enters(gfn, pinned);
   }
 
   adopt(
     pages: Iterable<readonly [gfn: Gfn, handle: number]>,
     pinned: (gfn: Gfn, handle: number) => void,
   ): void {
-    const byHandle = Map.groupBy(pages, ([, handle]) => handle);
-    for (const [handle, of] of byHandle) {
-      const first = of[0]![0];
-      this.#enter(first, of.length, handle);
-      for (const [gfn] of of) {
-        this.#byHandle.get(handle)!.needed++;
-        this.#blockOf(gfn)!.setNeeded(gfn, true);
-        pinned(gfn, handle);
-      }
+    for (const [handle, of] of Map.groupBy(pages, ([, handle]) => handle)) {
+      this.#mapped(of[0]![0], of.length, handle);
+      for (const [gfn] of of) this.#enters(gfn, pinned);
     }
   }
 
-  abandon(gfn: Gfn, handle: number): void {
-    const run = this.#byHandle.get(handle)!;
-    this.#leaves(run, gfn);
-    if (run.needed === 0) this.#idle.add(handle);
+  abandon(gfn: Gfn, id: number): void {
+    this.#leaves(gfn, id);
+    if (this.#mappings.needed[id] === 0) this.#idle.add(id);
   }
 
   /** What is discarded is not split off: it becomes an orphan. */
   addDiscarded(): void {}
 
   release(gfns: GfnBuffer): ReadonlySet<number> {
-    const groups = new Map<MappedRun, Gfn[]>();
+    const { ledger } = this.#o;
+    const { leaving, needed } = this.#mappings;
+    const ids: number[] = [];
     for (let i = 0; i < gfns.length; i++) {
-      const run = this.#byHandle.get(this.#o.ledger.handle(gfns.at(i)))!;
-      const group = groups.get(run);
-      if (group) group.push(gfns.at(i));
-      else groups.set(run, [gfns.at(i)]);
+      const id = ledger.handle(gfns.at(i));
+      if (leaving[id]!++ === 0) ids.push(id);
     }
-    const gone = new Set<number>();
-    const whole: MappedRun[] = [];
-    for (const [run, going] of groups) {
-      if (run.needed === going.length) {
-        whole.push(run);
-        continue;
+    const whole = ids.filter((id) => leaving[id] === needed[id]);
+    if (whole.length < ids.length)
+      for (let i = 0; i < gfns.length; i++) {
+        const id = ledger.handle(gfns.at(i));
+        if (leaving[id] === needed[id]) continue;
+        leaving[id]!--;
+        this.#leaves(gfns.at(i), id);
       }
-      gone.add(run.handle);
-      for (const gfn of going) this.#leaves(run, gfn);
-    }
-    for (const run of this.#releaseWhole(whole)) gone.add(run.handle);
-    return gone;
+    for (const id of whole) leaving[id] = 0;
+    return new Set(whole.slice(this.#releaseWhole(whole)));
   }
 
   releaseOrphans(): void {
-    this.#releaseWhole([...this.#idle].map((handle) => this.#byHandle.get(handle)!));
+    this.#releaseWhole([...this.#idle]);
   }
 
   collectOrphans({ first, end, discarded }: OrphanRange, from: number, out: Gfn[]): number | null {
@@ -152,94 +129,112 @@ export class Blocks implements FramePins {
       const block = this.#blocks.get(number);
       if (!block) continue;
       n++;
-      for (const run of block.runs) {
-        const orphans = this.#orphansOf(run, block).filter((gfn) => gfn >= first && gfn < end);
-        out.push(...(discarded ? this.#findStale(run, orphans) : orphans));
+      for (const id of block.ids) {
+        const orphans = this.#orphansOf(id, block).filter((gfn) => gfn >= first && gfn < end);
+        out.push(...(discarded ? this.#findStale(id, orphans) : orphans));
       }
     }
     return number <= last ? number : null;
   }
 
-  /** Those of `gfns` that no mapping has. Throws HostError for one whose page is stale. */
+  /** Those of `gfns` that no mapping has, ascending. Throws HostError for one whose page is stale. */
   #fresh(gfns: readonly Gfn[]): Gfn[] {
     const fresh: Gfn[] = [];
-    const again = new Map<MappedRun, Gfn[]>();
+    let again: Map<number, Gfn[]> | undefined;
+    let ascending = true;
     for (const gfn of gfns) {
-      const run = this.#find(gfn);
-      if (!run) fresh.push(gfn);
-      else if (again.has(run)) again.get(run)!.push(gfn);
-      else again.set(run, [gfn]);
+      const id = this.#find(gfn);
+      if (id < 0) {
+        ascending &&= fresh.length === 0 || fresh.at(-1)! < gfn;
+        fresh.push(gfn);
+        continue;
+      }
+      again ??= new Map();
+      const of = again.get(id);
+      if (of) of.push(gfn);
+      else again.set(id, [gfn]);
     }
-    for (const [run, of] of again) {
-      const [stale] = this.#findStale(run, of);
+    for (const [id, of] of again ?? []) {
+      const [stale] = this.#findStale(id, of);
       if (stale === undefined) continue;
       const detail = `frame ${stale} has lost the page that is pinned for it, and others are in use with it`;
       throw new HostError("pin", "EBUSY", detail);
     }
-    return fresh;
+    return ascending ? fresh : fresh.sort((a, b) => a - b);
   }
 
   /** Throws HostError; then nothing is mapped. */
   #map(fresh: readonly Gfn[], present: boolean): void {
-    const runs = present ? this.#exactly(fresh, true) : this.#grown(fresh);
+    const pages = this.#plan(fresh, !present, present);
     try {
-      this.#pin(runs);
+      this.#pin();
     } catch (error) {
-      const pages = runs.reduce((sum, { from, to }) => sum + to - from, 0);
       if (!(error instanceof HostError) || error.errno === "ENOSPC" || pages === fresh.length) throw error;
-      this.#pin(this.#exactly(fresh, false));
+      this.#plan(fresh, false, false);
+      this.#pin();
     }
   }
 
-  #pin(runs: readonly Run[]): void {
-    this.#addresses = grown(this.#addresses, runs.length);
-    this.#lengths = grown(this.#lengths, runs.length);
-    this.#gpas = grown(this.#gpas, runs.length);
-    this.#handles = grown(this.#handles, runs.length);
-    for (const [i, { from, to, region, present }] of runs.entries()) {
-      const gpa = gpaOf(from as Gfn);
-      const base = (present ? region.presentAddress : undefined) ?? region.hostAddress;
+  #pin(): void {
+    const { memory, pinner } = this.#o;
+    const count = this.#planned;
+    this.#addresses = grown(this.#addresses, count);
+    this.#lengths = grown(this.#lengths, count);
+    this.#gpas = grown(this.#gpas, count);
+    this.#handles = grown(this.#handles, count);
+    for (let i = 0; i < count; i++) {
+      const gpa = gpaOf(this.#from[i]! as Gfn);
+      const region = memory.find(gpa, FRAME_SIZE)!;
+      const base = (this.#present[i] ? region.presentAddress : undefined) ?? region.hostAddress;
       this.#addresses[i] = base + (gpa - region.gpa);
-      this.#lengths[i] = (to - from) * FRAME_SIZE;
+      this.#lengths[i] = (this.#to[i]! - this.#from[i]!) * FRAME_SIZE;
       this.#gpas[i] = gpa;
     }
-    this.#o.pinner.pin(this.#addresses, runs.length, this.#handles, this.#lengths, this.#gpas);
-    for (const [i, { from, to }] of runs.entries()) this.#enter(from as Gfn, to - from, this.#handles[i]!);
+    pinner.pin(this.#addresses, count, this.#handles, this.#lengths, this.#gpas);
+    for (let i = 0; i < count; i++)
+      this.#mapped(this.#from[i]! as Gfn, this.#to[i]! - this.#from[i]!, this.#handles[i]!);
   }
 
-  /** Frames that follow each other, in ascending order, as one run where they may be. */
-  #exactly(fresh: readonly Gfn[], present: boolean): Run[] {
-    const runs: Run[] = [];
-    for (let i = 0; i < fresh.length; ) {
+  /**
+   * What to map for frames in ascending order: those that follow each other as one, and where it `grows` as large as is
+   * worth it. Returns the number of pages.
+   */
+  #plan(fresh: readonly Gfn[], grows: boolean, present: boolean): number {
+    const grain = grows ? this.#grain : 1;
+    let room = grows ? Math.floor((this.#o.room() - fresh.length) / 2) : 0;
+    let pages = 0;
+    this.#planned = 0;
+    this.#from = grown(this.#from, fresh.length);
+    this.#to = grown(this.#to, fresh.length);
+    this.#present = grown(this.#present, fresh.length);
+    for (let i = 0, done = 0; i < fresh.length; ) {
+      // A part of it may be in the one before, which has grown.
+      if (fresh[i]! < done) {
+        i++;
+        continue;
+      }
       const from = fresh[i]!;
-      const region = this.#o.memory.find(gpaOf(from), FRAME_SIZE)!;
-      const limit = Math.min(boundaryAfter(from), Math.floor((region.gpa + region.size) / FRAME_SIZE));
+      const { gpa, size } = this.#o.memory.find(gpaOf(from), FRAME_SIZE)!;
+      const boundary = boundaryAfter(from);
+      const limit = Math.min(boundary, (gpa + size) / FRAME_SIZE);
       let to: number = from;
       for (; to < limit && fresh[i] === to; i++) to++;
-      runs.push({ from, to, region, present });
+      const low = Math.max(done, boundary - BLOCK_FRAMES, gpa / FRAME_SIZE);
+      const high = Math.min(limit, fresh[i] ?? limit);
+      const grew = room > 0 && this.#grow(from, to, low, high, grain, room);
+      if (!grew) this.#push(from, to, present);
+      done = this.#to[this.#planned - 1]!;
+      const planned = done - this.#from[this.#planned - 1]!;
+      pages += planned;
+      room -= planned - (to - from);
     }
-    return runs;
+    return pages;
   }
 
-  /** The same, each as large as is worth it. */
-  #grown(fresh: readonly Gfn[]): Run[] {
-    const exact = this.#exactly(fresh, false);
-    const grain = this.#grain;
-    let room = Math.floor((this.#o.room() - fresh.length) / 2);
-    const runs: Run[] = [];
-    let done = 0;
-    for (const [i, run] of exact.entries()) {
-      // A part of it may be in the one before, which has grown.
-      const from = Math.max(run.from, done);
-      if (from >= run.to) continue;
-      const larger = this.#larger({ ...run, from }, done, exact[i + 1]?.from, grain);
-      const extra = larger.to - larger.from - (run.to - from);
-      const chosen = extra <= room && this.#mayTake(larger, from, run.to) ? larger : { ...run, from };
-      if (chosen === larger) room -= extra;
-      runs.push(chosen);
-      done = chosen.to;
-    }
-    return runs;
+  #push(from: number, to: number, present: boolean): void {
+    this.#from[this.#planned] = from;
+    this.#to[this.#planned] = to;
+    this.#present[this.#planned++] = Number(present);
   }
 
   /** Frames that a mapping should have, so that the mappings that are left suffice: a power of two. */
@@ -253,42 +248,43 @@ export class Blocks implements FramePins {
     return grain;
   }
 
-  /** Up to `next`, where the next run of the request begins, and from `done`, where the last one has ended. */
-  #larger(run: Run, done: number, next: number | undefined, grain: number): Run {
-    const { from, to, region } = run;
-    const block = this.#blockOf(from as Gfn) ?? new Block(Math.floor(from / BLOCK_FRAMES));
-    const hole = block.hole(from as Gfn);
-    const low = Math.max(hole[0], done, Math.ceil(region.gpa / FRAME_SIZE));
-    const high = Math.min(hole[1], next ?? hole[1], Math.floor((region.gpa + region.size) / FRAME_SIZE));
-    const within = (first: number, size: number): Run => ({
-      ...run,
-      from: Math.max(low, first),
-      to: Math.min(high, first + size),
-    });
-    const first = from - (from % grain);
-    const coarse = within(first, Math.ceil((to - first) / grain) * grain);
-    for (let size = BLOCK_FRAMES; size > to - from; size /= 2) {
-      const start = from - (from % size);
-      if (to > start + size) break;
-      const hot = block.neededIn(start, size);
-      if (4 * hot < size || 2 * (hot + to - from) <= size) continue;
-      const busy = { ...within(start, size), present: true };
-      if (busy.to - busy.from > coarse.to - coarse.from && this.#hasMemory(busy)) return busy;
-      break;
-    }
-    return coarse;
+  /** Plan more than frames [from, to), within [low, high). False where that may not be, or is not worth it. */
+  #grow(from: Gfn, to: number, low: number, high: number, grain: number, room: number): boolean {
+    const block = this.#blockOf(from);
+    // With nobody beside it, and mappings enough.
+    if (!block && grain === 1) return false;
+    const size = block ? busySize(block, from, to) : 0;
+    if (size === 0 && grain === 1) return false;
+    const left = Math.max(low, block?.holeStart(from) ?? 0);
+    const right = Math.min(high, block?.holeEnd(from) ?? high);
+    const first = Math.max(left, from - (from % grain));
+    const end = Math.min(right, Math.ceil(to / grain) * grain);
+    const busy = size > 0 ? from - (from % size) : from;
+    const busyFirst = Math.max(left, busy);
+    const busyEnd = Math.min(right, busy + size);
+    if (busyEnd - busyFirst > end - first && this.#mayTake(busyFirst, busyEnd, from, to, room))
+      if (this.#haveMemory(busyFirst, busyEnd)) {
+        this.#push(busyFirst, busyEnd, true);
+        return true;
+      }
+    if (end - first === to - from || !this.#mayTake(first, end, from, to, room)) return false;
+    this.#push(first, end, false);
+    return true;
   }
 
-  #mayTake(larger: Run, from: number, to: number): boolean {
-    for (let gfn = larger.from; gfn < larger.to; gfn++)
+  /** Whether frames [first, end) may be pinned where [from, to) is asked for. */
+  #mayTake(first: number, end: number, from: number, to: number, room: number): boolean {
+    if (end - first - (to - from) > room) return false;
+    for (let gfn = first; gfn < end; gfn++)
       if ((gfn < from || gfn >= to) && !this.#o.mayPin(gfn as Gfn)) return false;
     return true;
   }
 
-  #hasMemory({ from, to, region }: Run): boolean {
-    if (region.presentAddress === undefined) return false;
-    const gfns = Array.from({ length: to - from }, (_, i) => (from + i) as Gfn);
+  /** Of one region. */
+  #haveMemory(first: number, end: number): boolean {
+    if (this.#o.memory.presentAddress(gpaOf(first as Gfn)) === undefined) return false;
     try {
+      const gfns = Array.from({ length: end - first }, (_, i) => (first + i) as Gfn);
       return this.#withoutMemory(gfns).length === 0;
     } catch (error) {
       if (!(error instanceof HostError)) throw error;
@@ -297,18 +293,20 @@ export class Blocks implements FramePins {
   }
 
   /** Those of `gfns`, frames of one mapping, that are stale by now. Throws HostError. */
-  #findStale(run: MappedRun, gfns: readonly Gfn[]): Gfn[] {
+  #findStale(id: number, gfns: readonly Gfn[]): Gfn[] {
+    const { memory } = this.#o;
+    const toHost = this.#mappings.hostAddress[id]! - gpaOf(this.#mappings.first[id]! as Gfn);
     const moved = (gfn: Gfn) => {
-      const region = this.#o.memory.find(gpaOf(gfn), FRAME_SIZE);
-      const pinned = run.hostAddress + (gfn - run.first) * FRAME_SIZE;
-      return !region || region.hostAddress + (gpaOf(gfn) - region.gpa) !== pinned;
+      const region = memory.find(gpaOf(gfn), FRAME_SIZE);
+      return !region || region.hostAddress - region.gpa !== toHost;
     };
-    const [other, same] = [gfns.filter(moved), gfns.filter((gfn) => !moved(gfn))];
-    for (const gfn of [...other, ...this.#withoutMemory(same)]) {
-      run.stale ??= new Set();
-      run.stale.add(gfn);
-    }
-    return gfns.filter((gfn) => run.stale?.has(gfn));
+    const lost = [...gfns.filter(moved), ...this.#withoutMemory(gfns.filter((gfn) => !moved(gfn)))];
+    const before = this.#stale.get(id);
+    if (lost.length === 0 && !before) return [];
+    const stale = before ?? new Set();
+    for (const gfn of lost) stale.add(gfn);
+    this.#stale.set(id, stale);
+    return gfns.filter((gfn) => stale.has(gfn));
   }
 
   /** Throws HostError. */
@@ -321,57 +319,88 @@ export class Blocks implements FramePins {
     return gfns.filter((_, i) => this.#lost[i] === 1);
   }
 
-  #orphansOf(run: MappedRun, block: Block): Gfn[] {
+  #orphansOf(id: number, block: Block): Gfn[] {
+    const { first, count, needed } = this.#mappings;
     const orphans: Gfn[] = [];
-    if (run.needed === run.count) return orphans;
-    for (let gfn = run.first; gfn < run.first + run.count; gfn++) if (!block.isNeeded(gfn)) orphans.push(gfn);
+    if (needed[id] === count[id]) return orphans;
+    for (let gfn = first[id]!; gfn < this.#mappings.end(id); gfn++)
+      if (!block.isNeeded(gfn as Gfn)) orphans.push(gfn as Gfn);
     return orphans;
   }
 
-  #enter(first: Gfn, count: number, handle: number): void {
+  #mapped(first: Gfn, count: number, handle: number): void {
     const number = Math.floor(first / BLOCK_FRAMES);
     invariant(first + count <= (number + 1) * BLOCK_FRAMES, `a mapping of ${count} frames at frame ${first}`);
     const region = this.#o.memory.find(gpaOf(first), FRAME_SIZE);
     const hostAddress = region ? region.hostAddress + (gpaOf(first) - region.gpa) : Number.NaN;
-    const run: MappedRun = { first, count, handle, hostAddress, needed: 0 };
-    if (!this.#blocks.has(number)) this.#blocks.set(number, new Block(number));
-    this.#blocks.get(number)!.insert(run);
-    this.#byHandle.set(handle, run);
+    let block = this.#blocks.get(number);
+    if (!block) {
+      block = new Block(this.#mappings, number);
+      this.#blocks.set(number, block);
+    }
+    block.insert(this.#mappings.add(first, count, handle, hostAddress));
     this.#pages += count;
     this.#lastBlock = Math.max(this.#lastBlock, number);
   }
 
-  /** The frame leaves the ledger. */
-  #leaves(run: MappedRun, gfn: Gfn): void {
-    run.needed--;
+  /** The frame, of a mapping, comes into the ledger. */
+  #enters(gfn: Gfn, pinned: (gfn: Gfn, handle: number) => void): void {
+    const block = this.#blockOf(gfn)!;
+    const id = block.find(gfn);
+    this.#mappings.needed[id]!++;
+    block.setNeeded(gfn, true);
+    if (this.#idle.size > 0) this.#idle.delete(id);
+    pinned(gfn, id);
+  }
+
+  #leaves(gfn: Gfn, id: number): void {
+    this.#mappings.needed[id]!--;
     this.#blockOf(gfn)!.setNeeded(gfn, false);
   }
 
-  /** Returns those that went. */
-  #releaseWhole(runs: readonly MappedRun[]): MappedRun[] {
-    this.#handles = grown(this.#handles, runs.length);
-    for (const [i, run] of runs.entries()) this.#handles[i] = run.handle;
-    const gone = runs.slice(0, this.#o.pinner.release(this.#handles, runs.length));
-    for (const run of gone) {
-      const number = Math.floor(run.first / BLOCK_FRAMES);
+  /** Returns how many of them went, in order. */
+  #releaseWhole(ids: readonly number[]): number {
+    const { first, count, handle } = this.#mappings;
+    this.#handles = grown(this.#handles, ids.length);
+    for (let i = 0; i < ids.length; i++) this.#handles[i] = handle[ids[i]!]!;
+    const released = this.#o.pinner.release(this.#handles, ids.length);
+    for (let i = 0; i < released; i++) {
+      const id = ids[i]!;
+      const number = Math.floor(first[id]! / BLOCK_FRAMES);
       const block = this.#blocks.get(number)!;
-      for (let gfn = run.first; gfn < run.first + run.count; gfn++) block.setNeeded(gfn, false);
-      block.remove(run);
-      if (block.runs.length === 0) this.#blocks.delete(number);
-      this.#byHandle.delete(run.handle);
-      this.#idle.delete(run.handle);
-      this.#pages -= run.count;
+      for (let gfn = first[id]!; gfn < this.#mappings.end(id); gfn++) block.setNeeded(gfn as Gfn, false);
+      block.remove(id);
+      if (block.ids.length === 0) this.#blocks.delete(number);
+      this.#idle.delete(id);
+      this.#stale.delete(id);
+      this.#pages -= count[id]!;
+      this.#mappings.remove(id);
     }
-    return gone;
+    return released;
   }
 
-  #find(gfn: Gfn): MappedRun | undefined {
-    return this.#blockOf(gfn)?.find(gfn);
+  /** The mapping that has `gfn`, or -1. */
+  #find(gfn: Gfn): number {
+    return this.#blockOf(gfn)?.find(gfn) ?? -1;
   }
 
   #blockOf(gfn: Gfn): Block | undefined {
     return this.#blocks.get(Math.floor(gfn / BLOCK_FRAMES));
   }
+}
+
+/**
+ * Of the aligned blocks around frames [from, to) the largest that they make mostly needed, and of which a quarter is needed
+ * already; 0 for none.
+ */
+function busySize(block: Block, from: number, to: number): number {
+  for (let size = BLOCK_FRAMES; size > to - from; size /= 2) {
+    const start = from - (from % size);
+    if (to > start + size) return 0;
+    const hot = block.neededIn(start, size);
+    if (4 * hot >= size && 2 * (hot + to - from) > size) return size;
+  }
+  return 0;
 }
 
 const boundaryAfter = (gfn: number): number => (Math.floor(gfn / BLOCK_FRAMES) + 1) * BLOCK_FRAMES;

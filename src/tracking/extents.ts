@@ -157,7 +157,7 @@ export class Extents implements FramePins {
 
   /** What can go as a whole first: that needs no room, and makes some for what is split. */
   #release(groups: ReadonlyMap<number, readonly Gfn[]>): Set<number> {
-    const gone = new Set<number>();
+    const kept = new Set<number>();
     const parts: number[] = [];
     this.#handles = grown(this.#handles, groups.size);
     let whole = 0;
@@ -165,13 +165,12 @@ export class Extents implements FramePins {
       if (this.#rest(handle, going).length > 0) parts.push(handle);
       else this.#handles[whole++] = handle;
     const released = this.#pinner.release(this.#handles, whole);
-    for (let i = 0; i < released; i++) {
-      this.#forget(this.#handles[i]!);
-      gone.add(this.#handles[i]!);
-    }
+    for (let i = 0; i < whole; i++)
+      if (i < released) this.#forget(this.#handles[i]!);
+      else kept.add(this.#handles[i]!);
     for (const handle of parts)
-      if (this.#split(handle, this.#rest(handle, groups.get(handle)!))) gone.add(handle);
-    return gone;
+      if (!this.#split(handle, this.#rest(handle, groups.get(handle)!))) kept.add(handle);
+    return kept;
   }
 
   /** Frames that this pin is for, beside those that are going. */

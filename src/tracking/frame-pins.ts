@@ -43,8 +43,8 @@ export interface FramePins {
   addDiscarded(gfns: GfnBuffer): void;
 
   /**
-   * `gfns`, frames of the ledger that no device reaches, leave it. Returns the handles of those that may; the others stay
-   * pinned, because the host has refused.
+   * `gfns`, frames of the ledger that no device reaches, are to leave it. Returns the handles of those that may not: they
+   * stay pinned, because the host has refused.
    */
   release(gfns: GfnBuffer): ReadonlySet<number>;
 

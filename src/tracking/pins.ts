@@ -164,10 +164,10 @@ export class Pins {
       this.#iommu.revoke(gfns.at(i));
       this.#handles[i] = this.ledger.handle(gfns.at(i));
     }
-    const gone = this.#iommu.quiesce() ? this.#extents.release(gfns) : undefined;
+    const kept = this.#iommu.quiesce() ? this.#extents.release(gfns) : undefined;
     gfns.keep((i) => {
       const gfn = gfns.at(i);
-      const went = gone?.has(this.#handles[i]!) === true;
+      const went = kept?.has(this.#handles[i]!) === false;
       if (went) this.ledger.remove(gfn);
       else this.#iommu.allow(gfn);
       this.tried(gfn, went ? "claimed" : "refused", now);
