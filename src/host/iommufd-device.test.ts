@@ -38,6 +38,11 @@ const mistakes: readonly [string, (kernel: FakeIommufdKernel) => unknown, RegExp
     /no file of its own for it; Linux 6\.6 .* or --pinner vfio$/,
   ],
   [
+    "no permission for iommufd",
+    (k) => Object.assign(k.refused, { "/dev/iommu": "EACCES" }),
+    /this user may not use \/dev\/iommu; sudo chown \$USER \/dev\/iommu, or run as root$/,
+  ],
+  [
     "no permission",
     (k) => Object.assign(k.refused, { [DEVICE_FILE]: "EACCES" }),
     /sudo chown \$USER \/dev\/vfio\/devices\/vfio3/,

@@ -57,7 +57,9 @@ export class IommufdDevice {
     const refusal: Refusal = (what) => new UserError(`${bdf}: ${what}`, 1);
     groupOf(bdf, kernel, refusal);
     const iommufd = opened(kernel, IOMMUFD, (errno) =>
-      refusal(`iommufd cannot be used: ${IOMMUFD}: ${errno}; ${NEEDS}, or --pinner vfio`),
+      isForbidden(errno)
+        ? refusal(notAllowed(IOMMUFD))
+        : refusal(`iommufd cannot be used: ${IOMMUFD}: ${errno}; ${NEEDS}, or --pinner vfio`),
     );
     try {
       const ioas = allocate(iommufd, kernel);
@@ -91,6 +93,10 @@ export class IommufdDevice {
   }
 }
 
+const isForbidden = (errno: string) => errno === "EACCES" || errno === "EPERM";
+const notAllowed = (path: string) =>
+  `this user may not use ${path}; sudo chown $USER ${path}, or run as root`;
+
 function allocate(iommufd: number, kernel: VfioKernel): number {
   const space = IoasAlloc.encode({ size: IoasAlloc.size });
   kernel.ioctl(iommufd, "IOMMU_IOAS_ALLOC", IOMMU_IOAS_ALLOC, space);
@@ -101,11 +107,9 @@ function openFile(bdf: string, kernel: VfioKernel, refusal: Refusal): number {
   const path = fileOf(bdf, kernel);
   if (path === undefined) throw refusal(`VFIO has no file of its own for it; ${NEEDS}, or --pinner vfio`);
   return opened(kernel, path, (errno) =>
-    refusal(
-      errno === "EACCES" || errno === "EPERM"
-        ? `this user may not use it; sudo chown $USER ${path}, or run as root`
-        : `VFIO does not give it to this process: ${path}: ${errno}`,
-    ),
+    isForbidden(errno)
+      ? refusal(notAllowed(path))
+      : refusal(`VFIO does not give it to this process: ${path}: ${errno}`),
   );
 }
 

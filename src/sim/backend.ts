@@ -6,6 +6,7 @@ import type { Speculation } from "../policy/speculation/speculation.ts";
 import type { DirtySlice } from "../tracking/dirty.ts";
 import type { AssignedBus, BeforeActivation } from "../tracking/life.ts";
 import { framesOf, type Mapping } from "../tracking/mapping-trees.ts";
+import type { PinObserver } from "../tracking/pins.ts";
 import { SoftwareIommu } from "../tracking/software-iommu.ts";
 import { Tracker, type TrackerOptions, type TrackingCounters } from "../tracking/tracker.ts";
 import type { Assigned } from "../virtio/device.ts";
@@ -263,6 +264,7 @@ export class Backend implements Actor {
           beforeActivation,
           activationTimeout,
           bus: assignedBus,
+          observers: this.host.mapsOnce ? [new TakeOvers(this.#o.claims)] : [],
         },
         ...(openTable && { openTable }),
         ...(makeSpeculator && { makeSpeculator }),
@@ -277,6 +279,18 @@ export class Backend implements Actor {
     });
     return { memory, iommu, tracker, frontEnd };
   }
+}
+
+/** Of frames whose pages the kernel had pinned already. */
+class TakeOvers implements PinObserver {
+  readonly #claims: ClaimsModel;
+  constructor(claims: ClaimsModel) {
+    this.#claims = claims;
+  }
+  pinned(gfn: Gfn, _now: Nanoseconds, unasked: boolean): void {
+    if (unasked) this.#claims.takenOver(gfn);
+  }
+  tried(): void {}
 }
 
 /** Sees from outside that a PIN request is all or nothing, and that a fault is served while there is room. */

@@ -44,7 +44,6 @@ export class Checks {
     const splits = present && this.#host.pins(gfn) > 1;
     if (!splits) this.claims.forget(gfn);
     if (present) this.claims.speculated(gfn);
-    if (this.#host.mapsOnce) this.claims.pinnedAlong(gfn);
     if (!this.#isRam(gfn)) throw new Violation(`frame ${gfn} is pinned, which is not RAM`);
     const held = this.#host.pages.size;
     const quota = this.#quota();

@@ -26,9 +26,6 @@ export class ClaimsModel {
    * some time since.
    */
   readonly #speculated = new Map<number, number>();
-  /** Frames that the host holds, maybe for nobody, since the last check, and when that was: they can be taken over unasked. */
-  readonly #orphans = new Set<number>();
-  #checkedAt = 0;
   /** By frame, when an access to it began or ended last. */
   readonly #lastUse = new Map<number, number>();
   /** By device. */
@@ -50,9 +47,10 @@ export class ClaimsModel {
   speculated(gfn: number): void {
     if (!this.#claims.has(gfn) && !this.#speculated.has(gfn)) this.#speculated.set(gfn, this.#time);
   }
-  /** Pinned with others: it may be of no use yet. */
-  pinnedAlong(gfn: number): void {
-    this.#orphans.add(gfn);
+  /** A frame whose page was pinned already is pinned unasked, which the kernel does not hear of. */
+  takenOver(gfn: number): void {
+    this.#claims.delete(gfn);
+    this.#speculated.set(gfn, this.#time);
   }
   held(gfn: number, since: number): void {
     this.#claim(gfn, since).holds++;
@@ -90,14 +88,9 @@ export class ClaimsModel {
     if (claim) claim.reached = this.#accesses.get(device)!.began > claim.since ? "yes" : "maybe";
   }
 
-  /** What the host says must be so. `pinned`: frames, as checked elsewhere; `host`: those that it holds in truth. */
-  check(pinned: Iterable<Gfn>, host: Iterable<Gfn>, claimed: number, unused: number): void {
+  /** What the host says must be so. `pinned`: frames, as checked elsewhere. */
+  check(pinned: Iterable<Gfn>, claimed: number, unused: number): void {
     const held = new Set<number>(pinned);
-    for (const gfn of this.#orphans)
-      if (held.has(gfn) && !this.#speculated.has(gfn)) this.#speculated.set(gfn, this.#checkedAt);
-    this.#orphans.clear();
-    for (const gfn of host) if (!held.has(gfn)) this.#orphans.add(gfn);
-    this.#checkedAt = this.#time;
     for (const gfn of this.#claims.keys()) if (!held.has(gfn)) this.#claims.delete(gfn);
     const open = [...this.#speculated.keys()].filter((gfn) => held.has(gfn) && !this.#claims.has(gfn)).length;
     if (claimed < this.#claims.size || claimed > this.#claims.size + open)

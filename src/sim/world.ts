@@ -353,10 +353,8 @@ export class World {
       this.#gate.allows(gfn as Gfn),
     );
     // Where a hostile guest's domains lead to, nobody knows beforehand.
-    if (!this.settings.hostile || this.settings.remapping === "none") {
-      const held = [...this.host.pages].map(({ gfn }) => gfn);
-      this.#claims.check(tracker.frames(), held, this.#counters.framesClaimed, countUnused(this.#iommu));
-    }
+    if (!this.settings.hostile || this.settings.remapping === "none")
+      this.#claims.check(tracker.frames(), this.#counters.framesClaimed, countUnused(this.#iommu));
     this.#arrival.check();
     if (this.#guest.draining) return;
     this.#balloon.between(this.#backend.passes);

@@ -164,6 +164,29 @@ test("with more than half of the mappings taken, the others are made to suffice 
   assert.ok(beyond < 64, `${beyond} frames beyond need`);
 });
 
+test("where mappings are scarce, frames of one request that are near each other share one", () => {
+  const m = behindIommu();
+  m.pinner.pinsMax = 16;
+  untouched(m);
+  m.map(...frames(0, 8).map((i) => 512 + 16 * i));
+  const before = m.pinner.mappings.size;
+  assert.equal(m.map(...frames(0, 64).map((i) => 1024 + 2 * i)), OK);
+  assert.deepEqual([before, m.pinner.mappings.size, runs(m).at(-1)], [8, 9, [1024, 256]]);
+});
+
+test("orphans are told of in slices, in every part of a large guest", () => {
+  const far = 2 ** 20 - 2048; // some 2,000 blocks on
+  const regions = [ramRegion(0, RAM_FRAMES), ramRegion(far * 4096, 1024)];
+  const m = behindIommu({ regions, levels: 3 });
+  for (const gfn of [10, 600, far + 5, far + 700]) m.table.unit(gfn);
+  for (const gfn of [10, 600, far + 5, far + 700]) assert.equal(m.map(gfn, gfn + 1), OK);
+  m.unmap(10, 600, far + 5, far + 700);
+  assert.deepEqual(
+    unpinNow(m).filter((gfn) => [10, 600, far + 5, far + 700].includes(gfn)),
+    [...[10, 600, far + 5, far + 700]],
+  );
+});
+
 test("with no mapping left all that is idle goes, and then the guest is refused with NOMEM, and the operator told why", () => {
   const told: HostError[] = [];
   const m = behindIommu({ refused: (error) => told.push(error) });

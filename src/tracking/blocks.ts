@@ -8,8 +8,9 @@ import type { FramePins, OrphanRange } from "./frame-pins.ts";
 import type { Ledger } from "./ledger.ts";
 import type { Pinner } from "./pinner.ts";
 
-/** Blocks that one slice of collectOrphans() looks at. */
+/** Blocks that one slice of collectOrphans() looks at, and places for a block. */
 const SLICE_BLOCKS = 64;
+const SLICE_PLACES = 1024;
 
 interface BlocksOptions {
   readonly memory: GuestMemory;
@@ -125,7 +126,8 @@ export class Blocks implements FramePins {
   collectOrphans({ first, end, discarded }: OrphanRange, from: number, out: Gfn[]): number | null {
     const last = Math.min(this.#lastBlock, Math.ceil(end / BLOCK_FRAMES) - 1);
     let number = Math.max(from, Math.floor(first / BLOCK_FRAMES));
-    for (let n = 0; number <= last && n < SLICE_BLOCKS; number++) {
+    const places = Math.min(last, number + SLICE_PLACES);
+    for (let n = 0; number <= places && n < SLICE_BLOCKS; number++) {
       const block = this.#blocks.get(number);
       if (!block) continue;
       n++;
@@ -208,7 +210,7 @@ export class Blocks implements FramePins {
     this.#to = grown(this.#to, fresh.length);
     this.#present = grown(this.#present, fresh.length);
     for (let i = 0, done = 0; i < fresh.length; ) {
-      // A part of it may be in the one before, which has grown.
+      // It may be in the one before, which has grown.
       if (fresh[i]! < done) {
         i++;
         continue;
@@ -220,8 +222,7 @@ export class Blocks implements FramePins {
       let to: number = from;
       for (; to < limit && fresh[i] === to; i++) to++;
       const low = Math.max(done, boundary - BLOCK_FRAMES, gpa / FRAME_SIZE);
-      const high = Math.min(limit, fresh[i] ?? limit);
-      const grew = room > 0 && this.#grow(from, to, low, high, grain, room);
+      const grew = room > 0 && this.#grow(from, to, low, limit, grain, room);
       if (!grew) this.#push(from, to, present);
       done = this.#to[this.#planned - 1]!;
       const planned = done - this.#from[this.#planned - 1]!;

@@ -1,4 +1,4 @@
-import { existsSync, mkdirSync, readdirSync, statSync } from "node:fs";
+import { mkdirSync, readdirSync, statSync } from "node:fs";
 import { join } from "node:path";
 import { UserError } from "../../base/errors.ts";
 import { cacheDirectory, digest } from "./cache.ts";
@@ -28,8 +28,7 @@ export class Apt {
   /** Changes when the lists of packages do. */
   static stamp(): string {
     const folder = privateLists() ?? SYSTEM_LISTS;
-    const names = existsSync(folder) ? readdirSync(folder) : []; // a machine without apt has none
-    const files = names.filter((name) => name.includes("_Packages") || name.includes("Release"));
+    const files = filesIn(folder).filter((name) => name.includes("_Packages") || name.includes("Release"));
     return digest(
       ...files.sort().map((name) => {
         const { size, mtimeMs } = statSync(join(folder, name));
@@ -114,8 +113,13 @@ const PRIVATE_LISTS = "state/lists";
 
 function packageLists(): string[] {
   const folder = privateLists() ?? SYSTEM_LISTS;
-  const names = statSync(folder, { throwIfNoEntry: false }) ? readdirSync(folder) : [];
-  return names.filter((name) => name.includes("_Packages")).map((name) => join(folder, name));
+  const names = filesIn(folder).filter((name) => name.includes("_Packages"));
+  return names.map((name) => join(folder, name));
+}
+
+/** None where there is no such folder: not every machine has apt. */
+function filesIn(folder: string): string[] {
+  return statSync(folder, { throwIfNoEntry: false }) ? readdirSync(folder) : [];
 }
 
 function privateLists(): string | undefined {
