@@ -3,6 +3,7 @@
  * its NVMe driver on the real function. Runs inside the proof machine.
  */
 import {
+  type Bdf,
   FRAME_SIZE,
   type Gfn,
   type Gpa,
@@ -63,10 +64,10 @@ const spinning: Cpu = {
 
 export interface WorldOptions {
   readonly bdf: string;
+  readonly strategy?: "coiommu" | "static";
   /** What broken twins replace. */
   readonly kernel?: Ioctl;
   readonly openTable?: NonNullable<TrackerOptions["openTable"]>;
-  readonly policy?: string;
 }
 
 export class World implements Disposable {
@@ -87,7 +88,7 @@ export class World implements Disposable {
   /** A queue whose commands name any address. */
   readonly #raw: NvmeRings;
 
-  constructor({ bdf, kernel = ioctl, openTable, policy = "lru" }: WorldOptions) {
+  constructor({ bdf, strategy = "coiommu", kernel = ioctl, openTable }: WorldOptions) {
     this.#device = VfioDevice.open(bdf);
     const { container } = this.#device;
     this.pinner = new VfioPinner({ container, ioctl: this.mapped.recording(kernel) });
@@ -95,14 +96,17 @@ export class World implements Disposable {
     this.tracker = new Tracker({
       ...{ memory: this.memory, pinner: this.pinner, clock: this.clock, counters: this.counters },
       iommu: new SoftwareIommu(createIommuBuffer(HIGH + REGION_FRAMES), this.clock),
-      policy: createPolicy(policy),
+      policy: createPolicy("lru"),
       quota: Number.POSITIVE_INFINITY,
       beforeActivation: "none",
+      wholeRam: strategy === "static",
       ...(openTable && { openTable }),
     });
     this.tracker.setMemory(this.#regions());
     const pages = new FramePool(this.memory, 0 as Gfn, POOL_FRAMES);
-    this.dma = this.#driver(bdf, pages);
+    const direct = new DirectDma(pages);
+    const endpoint = parseBdf(bdf)!;
+    this.dma = strategy === "static" ? direct : this.#driver(endpoint, pages).dma(endpoint, direct);
     const bar = SharedMapping.bytes(this.#device.function.mapBar(0));
     const registers = new MmioRegisters(bar);
     this.#device.function.startDma();
@@ -128,8 +132,7 @@ export class World implements Disposable {
     }));
   }
 
-  #driver(bdf: string, pages: FramePool): DmaApi {
-    const endpoint = parseBdf(bdf)!;
+  #driver(endpoint: Bdf, pages: FramePool): GuestDriver {
     const device = new VirtioIommu({
       ...{ memory: this.memory, tracker: this.tracker, pinPage: true },
       assigned: new Map([[endpoint, undefined]]),
@@ -143,7 +146,7 @@ export class World implements Disposable {
       cpu: spinning,
       counters: counters(DRIVER_COUNTERS, countersBuffer(DRIVER_COUNTERS)),
     };
-    return GuestDriver.activate(on, pages, 1).dma(endpoint, new DirectDma(pages));
+    return GuestDriver.activate(on, pages, 1);
   }
 
   /** Do a request as a driver does: map, DMA, unmap. Returns its NVMe status. */
