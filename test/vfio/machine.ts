@@ -13,6 +13,8 @@ import { CHECKOUT, ensureVfioGuest } from "./guest.ts";
 export const NVME = "0000:00:06.0";
 export const DISK_MIB = 64;
 
+/** Characters of what a program printed that failed. */
+const OUTPUT_SHOWN = 4000;
 const USERSPACE_MS = 90_000;
 /**
  * With more, Node is killed in one run of four: in the multi-threaded TCG of QEMU 7.2, one CPU may go on with code that
@@ -84,7 +86,8 @@ export class VfioMachine {
   async run(script: string, timeoutMs = 60_000): Promise<string> {
     const what = script.split("\n")[0]!.slice(0, 100);
     const { code, output } = await this.qemu.agent.run(script, { timeoutMs, what });
-    if (code !== 0) throw new Error(`exit code ${code} in the guest: ${script}\n${output}`);
+    if (code !== 0)
+      throw new Error(`exit code ${code} in the guest: ${script}\n${output.slice(-OUTPUT_SHOWN)}`);
     return output;
   }
 
