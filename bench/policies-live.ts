@@ -71,6 +71,6 @@ function runOf({ maps, pins, steady, dma, workload: work }: RunResult): Measured
     ...{ maps: maps.map!, per1000: (1000 * pins.requests!) / maps.map! },
     steadyPer1000: steady?.maps ? (1000 * steady.pinRequests!) / steady.maps : null,
     ...{ meanMiB: mib(pins.framesMean), peakMiB: mib(pins.framesPeak), iops: work.iops },
-    wrong: dma.faults + work.errors + Number(work.verified === false),
+    wrong: (dma.faults ?? 0) + work.errors + Number(work.verified === false),
   };
 }

@@ -10,7 +10,8 @@ import { Progress } from "./progress.ts";
 import { parseCount, parseListOf } from "./units.ts";
 
 interface CompareOptions extends MachineOptions {
-  readonly strategies: readonly Strategy[];
+  /** Undefined for the default. */
+  readonly strategies?: readonly Strategy[];
   readonly rounds: number;
 }
 
@@ -18,24 +19,25 @@ export const compareCommand = (): Command =>
   addMachineOptions(
     new Command("compare")
       .description("The same workload under several strategies, alternating, in one run.")
-      .option("--strategies <list>", `of ${STRATEGIES.join(", ")}`, parseListOf(STRATEGIES), [
-        "none",
-        "static",
-        "coiommu",
-      ])
+      .option(
+        "--strategies <list>",
+        `of ${STRATEGIES.join(", ")} (default: none,static,coiommu; with --device static,coiommu)`,
+        parseListOf(STRATEGIES),
+      )
       .option("--rounds <n>", "how often each strategy runs; the table shows medians", parseCount(1, 100), 3),
   ).action(async (options: CompareOptions) => {
     if (options.workload?.name === "shell")
       throw new UserError("--workload shell: a person cannot be compared; give it to `coiommu run`");
-    checkOptions(options, options.strategies);
+    const strategies = options.strategies ?? defaultStrategies(options);
+    checkOptions(options, strategies);
     const progress = new Progress();
     try {
       const runs: RunResult[] = [];
       const complaints: string[] = [];
-      const total = options.rounds * options.strategies.length;
+      const total = options.rounds * strategies.length;
       await withApi(options.api, progress.warn, async (api) => {
         const runUnder = await prepareMachine(options, progress, api);
-        for (const strategy of alternating(options.strategies, options.rounds)) {
+        for (const strategy of alternating(strategies, options.rounds)) {
           progress.prefix(`[${runs.length + 1}/${total}] ${strategy}: `);
           const { result, complaints: met } = await runUnder(strategy);
           runs.push(result);
@@ -51,6 +53,9 @@ export const compareCommand = (): Command =>
       progress.stop();
     }
   });
+
+const defaultStrategies = ({ device }: CompareOptions): Strategy[] =>
+  device === undefined ? ["none", "static", "coiommu"] : ["static", "coiommu"];
 
 /** Round by round, each beginning with another strategy, so that none always comes first on a machine that warms up. */
 function* alternating(strategies: readonly Strategy[], rounds: number): Generator<Strategy> {

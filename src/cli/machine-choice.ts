@@ -1,14 +1,17 @@
 import { CoiommuError, UserError } from "../base/errors.ts";
+import { formatBdf } from "../base/units.ts";
 import { EmbeddedMachine } from "../control/embedded.ts";
-import type { PinnerName } from "../control/host-side.ts";
+import type { PinnerName } from "../control/pinners.ts";
 import { type Outcome, type RunOptions, run } from "../control/run.ts";
 import type { Strategy } from "../control/strategy.ts";
 import { Vm } from "../control/vm.ts";
 import { parseWorkload } from "../control/workload.ts";
 import { IoUringPinner } from "../host/io-uring-pinner.ts";
+import { pinnerFor } from "../host/iommufd-device.ts";
 import { nativeUnavailable } from "../host/libc.ts";
 import { vmUnavailable } from "../machine/qemu/doctor.ts";
 import { ensureGuest, type Guest } from "../machine/qemu/guest.ts";
+import { checkPinner } from "./device-options.ts";
 import { type MachineOptions, runOptions } from "./machine-options.ts";
 import type { Progress } from "./progress.ts";
 
@@ -31,7 +34,8 @@ export async function prepareMachine(
     return embedded(options, progress, api);
   }
   if (options.machine === "qemu") {
-    const embeddedNeed = needsEmbedded(options);
+    const embeddedNeed =
+      needsEmbedded(options) ?? (options.device && `--device ${formatBdf(options.device)}`);
     if (embeddedNeed) throw new UserError(`${embeddedNeed}: needs --machine embedded`);
     return inVm(options, await ensureGuest(progress.step), progress, api);
   }
@@ -52,6 +56,7 @@ export async function prepareMachine(
 async function guestOrReason(options: MachineOptions, progress: Progress): Promise<Guest | string> {
   const embeddedNeed = needsEmbedded(options);
   if (embeddedNeed) return `only there is a device for ${embeddedNeed}`;
+  if (options.device !== undefined) return "only there a guest uses a --device";
   const reason = nativeUnavailable() ?? vmUnavailable();
   if (reason !== undefined) return reason;
   try {
@@ -86,6 +91,7 @@ function inVm(options: MachineOptions, guest: Guest, progress: Progress, api: Ru
 }
 
 export function vmPinner(name: MachineOptions["pinner"], warn: (text: string) => void): PinnerName {
+  checkPinner(name, undefined);
   if (name !== "auto") return checkedPinner(name);
   const reason = IoUringPinner.unavailable();
   if (reason === undefined) return "io_uring";
@@ -99,8 +105,13 @@ function checkedPinner(name: PinnerName): PinnerName {
   return name;
 }
 
+function embeddedPinner({ pinner, device }: MachineOptions): PinnerName {
+  if (pinner !== "auto") return checkedPinner(pinner);
+  return device === undefined ? "software" : pinnerFor(formatBdf(device));
+}
+
 function embedded(options: MachineOptions, progress: Progress, api: RunOptions["api"]): Runner {
-  const pinner = options.pinner === "auto" ? "software" : checkedPinner(options.pinner);
+  const pinner = embeddedPinner(options);
   const workload = options.workload ?? parseWorkload(EMBEDDED_WORKLOAD);
   return (strategy) => {
     // There is no firmware, and its devices run when its driver does.

@@ -1,7 +1,7 @@
 import { type Command, Option } from "commander";
 import { UserError } from "../base/errors.ts";
-import type { Nanoseconds } from "../base/units.ts";
-import type { PinnerName } from "../control/host-side.ts";
+import type { Bdf, Nanoseconds } from "../base/units.ts";
+import type { PinnerName } from "../control/pinners.ts";
 import { choosePolicy } from "../control/policy-choice.ts";
 import type { Recording } from "../control/recording.ts";
 import type { RunOptions } from "../control/run.ts";
@@ -12,6 +12,7 @@ import { ADAPTIVE_BOUNDS, type IntervalChoice } from "../policy/pass-interval.ts
 import { createSpeculation } from "../policy/speculation/registry.ts";
 import { BEFORE_ACTIVATION, type BeforeActivation } from "../tracking/life.ts";
 import { FRONT_ENDS, type FrontEndName } from "../virtio/front-end.ts";
+import { addDeviceOptions, checkDevice } from "./device-options.ts";
 import type { Progress } from "./progress.ts";
 import {
   parseCount,
@@ -26,7 +27,7 @@ import {
   quotaFrames,
 } from "./units.ts";
 
-const PINNERS = ["auto", "io_uring", "software"] as const;
+const PINNERS = ["auto", "vfio", "iommufd", "io_uring", "software"] as const;
 const MACHINES = ["auto", "qemu", "embedded"] as const;
 const ACCELS = ["auto", "tcg", "kvm"] as const;
 const usage = (text: string): string => text.replace("--workload ", "");
@@ -74,13 +75,15 @@ export interface MachineOptions extends PinOptions {
   readonly workload?: Workload;
   readonly disk?: string;
   readonly diskSize: number;
+  readonly device?: Bdf;
+  readonly overwriteDevice: boolean;
   readonly faultCapable: boolean;
   readonly json?: string;
   readonly api?: string;
   readonly recording?: Recording;
 }
 
-type AddOption = (
+export type AddOption = (
   flags: string,
   text: string,
   parse: (value: string, previous: unknown) => unknown,
@@ -130,7 +133,8 @@ export function addPinOptions(option: AddOption): void {
   );
   option(
     "--pinner <name>",
-    "what pins: io_uring, software (no real pins), auto (io_uring for a VM, software for embedded)",
+    "what pins: io_uring, software (no real pins), vfio or iommufd (for --device), auto (io_uring for a VM, software for " +
+      "embedded, for --device iommufd if it is there, else vfio)",
     parseOneOf(PINNERS),
     "auto",
   );
@@ -178,6 +182,7 @@ export function addMachineOptions(command: Command): Command {
     (file) => file,
   );
   option("--disk-size <size>", "size of the assigned disk in memory", parseMemoryMiB, 256, "256M");
+  addDeviceOptions(command, option);
   command.option(
     "--fault-capable",
     "assigned devices may fault on their buffers, which are pinned then and not when mapped (coiommu)",
@@ -197,6 +202,7 @@ export function checkOptions(options: MachineOptions, strategies: readonly Strat
     throw new UserError(`--front-end crosvm: has no domains, which strategy ${remapping} needs`);
   if (speculate !== "off" && !strategies.includes("coiommu"))
     throw new UserError(`--speculate ${speculate}: only strategy coiommu pins what is asked for`);
+  checkDevice(options, strategies);
 }
 
 const checkedPolicy = (text: string): string => choosePolicy(text) && text;
@@ -238,6 +244,9 @@ export const runOptions = (
   speculate: options.speculate,
   quota: quotaFrames(options.quota, options.memory),
   disk: { sizeMiB: options.diskSize, ...(options.disk !== undefined && { file: options.disk }) },
+  ...(options.device !== undefined && {
+    device: { bdf: options.device, overwrite: options.overwriteDevice },
+  }),
   faultCapable: options.faultCapable,
   beforeActivation: options.beforeActivation ?? beforeActivation,
   activationTimeout: options.activationTimeout,

@@ -33,6 +33,8 @@ test("a quota with which no guest can start is refused", () => {
   assert.equal(quotaFrames({ percent: 10 }, 1024), 26214);
 });
 
+const DEVICE = ["--device", "0000:00:06.0"];
+
 /** Each sentence names the flag, what was given, and the accepted form. */
 for (const [flag, values, form] of [
   ["--machine", ["vm", ""], /one of auto, qemu, embedded/],
@@ -50,7 +52,8 @@ for (const [flag, values, form] of [
   ["--quota", ["0", "0%", "101%", "1.5", "lots"], /such as 10%/],
   ["--before-activation", ["nothing", ""], /one of bios, all, none/],
   ["--activation-timeout", ["0", "never", "5ms", "2h"], /such as 60s, or off/],
-  ["--pinner", ["mlock", ""], /one of auto, io_uring, software/],
+  ["--pinner", ["mlock", ""], /one of auto, vfio, iommufd, io_uring, software/],
+  ["--device", ["06.0", "0001:00:06.0", "nvme0", ""], /PCI function of this machine, such as 0000:01:00\.0/],
   [
     "--workload",
     ["fio:rw=erase", "fio:bs=4q", "idle:1", "nic:size=1", "gpu:hold=0", "nothing", "script:/nonexistent"],
@@ -90,6 +93,29 @@ for (const [args, form] of [
   [
     ["compare", "--front-end", "crosvm", "--strategies", "coiommu,viommu-strict"],
     /--front-end crosvm: .* viommu-strict/,
+  ],
+  [["run", "--pinner", "vfio"], /--pinner vfio: .*name one with --device/],
+  [["attach", "--qmp", "q", "--pinner", "iommufd"], /--pinner iommufd: .*name one with --device/],
+  [["run", "--overwrite-device"], /--overwrite-device: there is no --device/],
+  [["run", ...DEVICE, "--pinner", "io_uring"], /--pinner io_uring: .* what vfio or iommufd pins only/],
+  [["run", ...DEVICE, "--pinner", "software"], /--pinner software: .*vfio or iommufd/],
+  [["run", ...DEVICE, "--machine", "qemu"], /--device 0000:00:06\.0: needs --machine embedded/],
+  [["run", ...DEVICE, "--machine", "embedded", "--accel", "tcg"], /--accel tcg: needs a VM/],
+  [["run", ...DEVICE, "--strategy", "none"], /--device 0000:00:06\.0: strategy none pins nothing/],
+  [
+    ["compare", ...DEVICE, "--strategies", "coiommu,viommu-lazy"],
+    /--device .*: strategy viommu-lazy gives it/,
+  ],
+  [["run", ...DEVICE, "--disk", "a.img"], /--device .*: --disk is another one/],
+  [["run", ...DEVICE, "--fault-capable"], /--device .*: it is not --fault-capable/],
+  [["run", ...DEVICE, "--workload", "nic:mode=fresh"], /--device .*: --workload nic:mode=fresh has no use/],
+  [
+    ["run", ...DEVICE, "--workload", "fio:rw=randrw"],
+    /--device .* writes, .*--overwrite-device if it may be/,
+  ],
+  [
+    ["compare", ...DEVICE, "--workload", "fio:rw=write"],
+    /--device .* writes, .*--overwrite-device if it may be/,
   ],
   [["compare", "--rounds", "0"], /--rounds.*whole number from 1 to 100/],
   [["attach"], /required option '--qmp <socket>' not specified/],

@@ -1,5 +1,5 @@
 import { CommandServer, type WorkerBase } from "../machine/commands.ts";
-import { type GuestRam, ramRegion } from "../machine/embedded/ram.ts";
+import { type GuestRam, ramRegions } from "../machine/embedded/ram.ts";
 import { Bell } from "../memory/bell.ts";
 import type { TrackerOptions } from "../tracking/tracker.ts";
 import { MailboxServer } from "../transport/mailbox.ts";
@@ -30,9 +30,11 @@ export class EmbeddedBackend {
       stop: () => this.#stop(),
       ...this.#host.dirtyCommands,
     });
-    const region = ramRegion(data.ram);
-    const presentAddress = this.#host.present?.of(region.hostAddress, region.size);
-    this.#host.setMemory([{ ...region, presentAddress }]);
+    const regions = ramRegions(data.ram).map((region) => ({
+      ...region,
+      presentAddress: this.#host.present?.of(region.hostAddress, region.size),
+    }));
+    this.#host.setMemory(regions);
   }
 
   /** Serve until told to stop. */

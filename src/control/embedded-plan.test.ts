@@ -1,6 +1,7 @@
 import assert from "node:assert/strict";
 import test from "node:test";
-import { milliseconds } from "../base/units.ts";
+import { type Bdf, milliseconds } from "../base/units.ts";
+import type { NvmeIdentity } from "../driver/nvme-controller.ts";
 import { type EmbeddedOptions, planDevices, planLoads } from "./embedded-plan.ts";
 import { parseWorkload } from "./workload.ts";
 
@@ -67,3 +68,32 @@ test("buffers of a graphics device must fit into a CPU's part of memory", () => 
   assert.equal(planned(3).length, 3);
   assert.throws(() => planned(4), { code: "ERR_COIOMMU_USER" });
 });
+
+const REAL: NvmeIdentity = {
+  ...{ model: "m", serial: "s", firmware: "f", size: DISK, blockSize: 4096, transferMax: 2 ** 17 },
+  ...{ queuePairs: 2, queueSizeMax: 1024, doorbellStride: 4 },
+};
+const real = (workload: string, cpus = 1, overwrite = false) =>
+  planLoads({ ...options(workload, cpus), device: { bdf: 0x30 as Bdf, overwrite } }, DISK, REAL);
+
+test("a real disk is the only device, at its own place, and is only read unless the user says otherwise", () => {
+  const settings = { ...options("fio:", 2), device: { bdf: 0x30 as Bdf, overwrite: false } };
+  assert.deepEqual(planDevices(settings), [{ kind: "disk", endpoint: 0x30, cpus: [0, 1] }]);
+  const readOnly = (loads: ReturnType<typeof real>) =>
+    loads.map((load) => load?.name === "fio" && [load.readOnly, load.disk]);
+  assert.deepEqual(readOnly(real("fio:rw=randread", 2)), [
+    [true, REAL],
+    [true, REAL],
+  ]);
+  assert.deepEqual(readOnly(real("fio:rw=randread", 1, true)), [[false, REAL]]);
+});
+
+for (const [workload, cpus, sentence] of [
+  ["fio:bs=6k", 1, /bs is no multiple of the disk's 4096 bytes/],
+  ["fio:bs=512", 1, /bs is no multiple/],
+  ["fio:bs=256k", 1, /more than the 131072 that it moves at once/],
+  ["idle:seconds=1", 3, /--cpus 3: the disk has a queue for 2 of them only/],
+] as const)
+  test(`${workload} on ${cpus} CPUs: what a real disk cannot do is one sentence`, () => {
+    assert.throws(() => real(workload, cpus), { code: "ERR_COIOMMU_USER", message: sentence });
+  });

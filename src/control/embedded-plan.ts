@@ -1,5 +1,6 @@
 import { UserError } from "../base/errors.ts";
 import { type Bdf, FRAME_SIZE } from "../base/units.ts";
+import type { NvmeIdentity } from "../driver/nvme-controller.ts";
 import { framesOfCpu } from "../machine/embedded/cpu.ts";
 import type { DeviceKind } from "../machine/embedded/device.ts";
 import type { LoadSpec } from "../machine/embedded/load.ts";
@@ -26,9 +27,10 @@ const FIRST_SLOT = 4;
 const bdfOf = (device: number): Bdf => ((FIRST_SLOT + device) << 3) as Bdf;
 
 /** One disk, with a queue for each CPU; of other devices each CPU has its own, as far as there are any. */
-export function planDevices({ cpus, workload: { name } }: EmbeddedOptions): DevicePlan[] {
+export function planDevices({ cpus, workload: { name }, device }: EmbeddedOptions): DevicePlan[] {
   const all = Array.from({ length: cpus }, (_, cpu) => cpu);
-  if (name !== "nic" && name !== "gpu") return [{ kind: "disk", endpoint: bdfOf(0), cpus: all }];
+  if (name !== "nic" && name !== "gpu")
+    return [{ kind: "disk", endpoint: device?.bdf ?? bdfOf(0), cpus: all }];
   return all.slice(0, DEVICES_MAX).map((cpu) => ({ kind: name, endpoint: bdfOf(cpu), cpus: [cpu] }));
 }
 
@@ -37,9 +39,15 @@ const CACHE_FRAMES = 1024;
 /** Room for the largest request, 1 MiB, with some to choose from. */
 const CACHE_FRAMES_MIN = 320;
 
-/** What each CPU does; undefined for nothing. Throws UserError for what does not fit. */
-export function planLoads(options: EmbeddedOptions, diskBytes: number): (LoadSpec | undefined)[] {
-  const { workload, cpus, memoryMiB } = options;
+/** What each CPU does; undefined for nothing. `disk`: what a real one is. Throws UserError for what does not fit. */
+export function planLoads(
+  options: EmbeddedOptions,
+  diskBytes: number,
+  disk?: NvmeIdentity,
+): (LoadSpec | undefined)[] {
+  const { workload, cpus, memoryMiB, device } = options;
+  if (disk && disk.queuePairs < cpus)
+    throw new UserError(`--cpus ${cpus}: the disk has a queue for ${disk.queuePairs} of them only`, 1);
   const frames = framesOfCpu(memoryMiB * 2 ** 20, cpus);
   const cacheFrames = Math.max(Math.floor(CACHE_FRAMES / cpus), CACHE_FRAMES_MIN);
   const wrong = (what: string) => new UserError(`--workload ${workload.text}: ${what}`);
@@ -47,11 +55,18 @@ export function planLoads(options: EmbeddedOptions, diskBytes: number): (LoadSpe
     Array.from({ length: cpus }, (_, cpu) => load(cpu));
   switch (workload.name) {
     case "idle":
-      return each((cpu) => ({ name: "idle", seconds: workload.seconds, queue: cpu + 1 }));
+      return each((cpu) => ({ name: "idle", seconds: workload.seconds, queue: cpu + 1, disk }));
     case "fio": {
+      const { blockSize } = workload.fio;
+      if (disk && (blockSize > disk.transferMax || blockSize % disk.blockSize !== 0))
+        throw wrong(
+          `bs is no multiple of the disk's ${disk.blockSize} bytes, or more than the ${disk.transferMax} that it moves at once`,
+        );
+      const readOnly = device !== undefined && !device.overwrite;
       const parts = shares(workload.fio, cpus, diskBytes);
       if (parts.length === 0) throw wrong(`the disk, of ${diskBytes} bytes, is smaller than a block`);
-      return each((cpu) => parts[cpu] && { name: "fio", queue: cpu + 1, cacheFrames, ...parts[cpu] });
+      const common = { name: "fio", cacheFrames, disk, readOnly } as const;
+      return each((cpu) => parts[cpu] && { ...common, queue: cpu + 1, ...parts[cpu] });
     }
     case "nic":
       return each((cpu) => (cpu < DEVICES_MAX ? { name: "nic", nic: workload.nic, cacheFrames } : undefined));

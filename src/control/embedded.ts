@@ -1,5 +1,5 @@
 import { setTimeout as sleep } from "node:timers/promises";
-import { UserError } from "../base/errors.ts";
+import { invariant, UserError } from "../base/errors.ts";
 import { FRAME_SIZE } from "../base/units.ts";
 import { DEVICE_COUNTERS, type DeviceCounters } from "../device/counters.ts";
 import { DRIVER_COUNTERS, type DriverCounters } from "../driver/counters.ts";
@@ -10,7 +10,7 @@ import type { Attach, CpuData, DriverMode } from "../machine/embedded/cpu.ts";
 import type { DeviceData, DeviceSetup, DeviceStopped } from "../machine/embedded/device.ts";
 import { doorbellsBuffer } from "../machine/embedded/doorbells.ts";
 import type { DeviceLink, LoadSpec } from "../machine/embedded/load.ts";
-import { type GuestRam, OwnedRam } from "../machine/embedded/ram.ts";
+import { type GuestRam, OwnedRam, ramEnd } from "../machine/embedded/ram.ts";
 import { type Measurement, report } from "../machine/embedded/workloads/workload.ts";
 import { Bell } from "../memory/bell.ts";
 import { counters, countersBuffer, sums } from "../memory/counters.ts";
@@ -24,6 +24,7 @@ import { type DevicePlan, type EmbeddedOptions, planDevices, planLoads } from ".
 import type { Started, Stopped } from "./host-side.ts";
 import type { AssignedDevice, Booted, DriverState, Machine, MachineEnd, Worked } from "./machine.ts";
 import { Operator } from "./operator.ts";
+import { RealDisk } from "./real-disk.ts";
 import { describeHost } from "./result.ts";
 import { hasDriver } from "./strategy.ts";
 import { describeWorkload, NO_FIGURES, type Workload } from "./workload.ts";
@@ -51,23 +52,26 @@ export class EmbeddedMachine implements Machine {
   readonly ram: GuestRam;
   readonly failed: Promise<never>;
   readonly #threads: Threads;
-  readonly #loads: readonly (LoadSpec | undefined)[];
+  readonly #options: EmbeddedOptions;
+  /** Of models; a real disk says what it is when the guest has booted. */
+  readonly #loads: readonly (LoadSpec | undefined)[] | undefined;
   #closing: Promise<MachineEnd> | undefined;
 
   private constructor(
     threads: Threads,
     options: EmbeddedOptions,
-    loads: readonly (LoadSpec | undefined)[],
+    loads: readonly (LoadSpec | undefined)[] | undefined,
     started: Started,
   ) {
     this.#threads = threads;
+    this.#options = options;
     this.#loads = loads;
     this.started = started;
     this.pins = threads.pins;
     this.iommuTable = threads.iommu;
     this.devices = threads.deviceCounters;
     this.assigned = planDevices(options).map(({ endpoint }, i) => ({
-      ...{ bdf: endpoint, counters: this.devices[i]! },
+      ...{ bdf: endpoint, counters: this.devices[i] ?? null },
     }));
     this.drivers = threads.driver ? threads.driverCounters : null;
     this.operator = new Operator(threads.backend, options);
@@ -81,7 +85,7 @@ export class EmbeddedMachine implements Machine {
     const threads = new Threads(options);
     try {
       const [diskBytes] = await Promise.all(threads.devices.map((d) => d.request<number>("open")));
-      const loads = planLoads(options, diskBytes!);
+      const loads = diskBytes === undefined ? undefined : planLoads(options, diskBytes);
       const ask = () => threads.backend.request<Started>("started");
       const started = await whenPinned(threads.pins, ask, options.onProgress);
       return new EmbeddedMachine(threads, options, loads, started);
@@ -98,9 +102,10 @@ export class EmbeddedMachine implements Machine {
   async boot(): Promise<Booted> {
     const { cpus, driver } = this.#threads;
     const places = driver ? await cpus[0]!.request<Places>("activate") : null;
+    const loads = this.#loads ?? (await this.#startDisk(places));
     const setups = await this.#onCpus<DeviceSetup | null>(
       "attach",
-      (cpu): Attach => ({ places, load: this.#loads[cpu] }),
+      (cpu): Attach => ({ places, load: loads[cpu] }),
     );
     await this.#threads.startDevices(setups);
     return { kernel: null, userspaceAt: monotonicClock.now() };
@@ -108,12 +113,27 @@ export class EmbeddedMachine implements Machine {
 
   async work(workload: Workload): Promise<Worked> {
     const [measurements, first] = await Promise.all([
-      this.#onCpus<Measurement | null>("work"),
+      this.#work(),
       sleep(1000).then(() => this.#driverState()),
     ]);
     const parts = measurements.filter((m) => m !== null);
     const figures = workload.name === "idle" ? NO_FIGURES : report(parts);
     return { workload: { ...describeWorkload(workload), ...figures }, first, last: this.#driverState() };
+  }
+
+  /** The drivers unmap all buffers at the end of their work; then also their rings. */
+  async #work(): Promise<(Measurement | null)[]> {
+    const measurements = await this.#onCpus<Measurement | null>("work");
+    const { disk, cpus } = this.#threads;
+    await disk?.stop(cpus[0]!);
+    await this.#onCpus("release");
+    return measurements;
+  }
+
+  async #startDisk(places: Places | null): Promise<(LoadSpec | undefined)[]> {
+    const { disk, cpus } = this.#threads;
+    const identity = await disk!.start(cpus[0]!, places);
+    return planLoads(this.#options, identity.size, identity);
   }
 
   /** The drivers have unmapped all at the end of their work. */
@@ -146,6 +166,12 @@ const STATE = [
   ...(["pinRequests", "mapRequests", "unmapRequests", "kicks"] as const),
 ] as const;
 
+function openDisk({ device, pinner }: EmbeddedOptions): RealDisk | undefined {
+  if (!device) return undefined;
+  invariant(pinner === "vfio" || pinner === "iommufd", "a real device needs the pinner of its IOMMU");
+  return new RealDisk(device, pinner);
+}
+
 /** The threads of one guest, and the memory that they share. */
 class Threads {
   readonly driver: DriverMode | null;
@@ -158,11 +184,14 @@ class Threads {
   readonly failed = Promise.withResolvers<never>();
   readonly #options: EmbeddedOptions;
   readonly #plan: readonly DevicePlan[];
+  /** Instead of a device thread. */
+  readonly disk: RealDisk | undefined;
   readonly ram: OwnedRam;
   readonly iommu: SharedArrayBuffer;
   readonly #mailbox: SharedArrayBuffer;
   readonly #backendBell = Bell.buffer();
   readonly #cpuBells: readonly SharedArrayBuffer[];
+  readonly #models: readonly { readonly bell: SharedArrayBuffer; readonly doorbells: SharedArrayBuffer }[];
   readonly #links: readonly DeviceLink[];
   #closing = false;
 
@@ -170,17 +199,27 @@ class Threads {
     this.#options = options;
     this.driver = hasDriver(options.strategy) ? options.strategy : null;
     this.#plan = planDevices(options);
-    this.ram = new OwnedRam(options.memoryMiB, options.pinner !== "software");
-    this.iommu = createIommuBuffer((options.memoryMiB * 2 ** 20) / FRAME_SIZE);
+    this.disk = openDisk(options);
+    try {
+      this.ram = new OwnedRam(options.memoryMiB, options.pinner !== "software", this.disk?.hole);
+    } catch (error) {
+      this.disk?.close();
+      throw error;
+    }
+    this.iommu = createIommuBuffer(ramEnd(this.ram.ram) / FRAME_SIZE);
     this.#mailbox = mailboxBuffer(options.cpus);
     this.#cpuBells = Array.from({ length: options.cpus }, () => Bell.buffer());
-    this.#links = this.#plan.map(({ endpoint }) => ({
-      endpoint,
+    const models = this.disk ? [] : this.#plan;
+    this.#models = models.map(() => ({
       bell: Bell.buffer(),
       doorbells: doorbellsBuffer(2 * (options.cpus + 1)),
     }));
+    this.#links = this.#plan.map(({ endpoint }, i) => ({
+      endpoint,
+      ...(this.disk ? { bar: this.disk.bar } : this.#models[i]!),
+    }));
     const pins = countersBuffer(TRACKING_COUNTERS);
-    const ofDevices = this.#plan.map(() => countersBuffer(DEVICE_COUNTERS));
+    const ofDevices = models.map(() => countersBuffer(DEVICE_COUNTERS));
     const ofDrivers = this.#cpuBells.map(() => countersBuffer(DRIVER_COUNTERS));
     this.pins = counters(TRACKING_COUNTERS, pins);
     this.deviceCounters = ofDevices.map((buffer) => counters(DEVICE_COUNTERS, buffer));
@@ -194,17 +233,21 @@ class Threads {
   /** With what each CPU's driver has set up. */
   async startDevices(setups: readonly (DeviceSetup | null)[]): Promise<void> {
     for (const [cpu, setup] of setups.entries())
-      if (setup) await this.devices[this.#deviceOf(cpu)]!.request("start", setup);
+      if (setup && this.disk) await this.disk.createQueue(this.cpus[0]!, setup);
+      else if (setup) await this.devices[this.#deviceOf(cpu)]!.request("start", setup);
   }
 
   /** The CPUs first, then the devices, because their DMA relies on the pins. */
   async close(): Promise<MachineEnd> {
     this.#closing = true;
     await Promise.all(this.cpus.map((cpu) => cpu.terminate()));
+    const [disk] = await Promise.allSettled([(async () => this.disk?.stopDma())()]);
     const devices = await Promise.allSettled(this.devices.map((device) => device.stop<DeviceStopped>()));
     const [backend] = await Promise.allSettled([this.backend.stop<Stopped>()]);
     this.ram.close();
+    this.disk?.close();
     if (backend.status === "rejected") throw backend.reason;
+    if (disk.status === "rejected") throw disk.reason;
     const hostErrors = devices.flatMap((d) => (d.status === "fulfilled" ? d.value.hostErrors : []));
     return { backend: backend.value, hostErrors };
   }
@@ -217,10 +260,12 @@ class Threads {
       ...{ ram: this.ram.ram, iommu: this.iommu, mailbox: this.#mailbox, bell: this.#backendBell },
       ...{
         counters: pins,
-        assigned: this.#plan.map(({ endpoint: bdf }, gate) => ({ bdf, gate, faultCapable })),
+        assigned: this.#plan.map(({ endpoint: bdf }, gate) =>
+          this.disk ? { bdf } : { bdf, gate, faultCapable },
+        ),
       },
       ...{ strategy, policy, interval, speculate, quota, pinner, beforeActivation, activationTimeout },
-      ...{ frontEnd, qemu: false, recordingSince: recording?.began ?? null },
+      ...{ frontEnd, qemu: false, recordingSince: recording?.began ?? null, space: this.disk?.space },
     } satisfies EmbeddedBackendData;
     const entry = backendEntry ?? workerEntry(import.meta.url, "./embedded-backend-worker");
     return this.#worker("the backend", entry, data, this.#backendBell);
@@ -228,7 +273,7 @@ class Threads {
 
   #startDevice(number: number, ofDevice: SharedArrayBuffer): WorkerHost {
     const { kind, cpus } = this.#plan[number]!;
-    const { bell, doorbells } = this.#links[number]!;
+    const { bell, doorbells } = this.#models[number]!;
     const data = {
       ...{ kind, number, ram: this.ram.ram, iommu: this.iommu, counters: ofDevice, bell, doorbells },
       ...{ backendBell: this.#backendBell, interrupts: cpus.map((cpu) => this.#cpuBells[cpu]!) },

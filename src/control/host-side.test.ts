@@ -16,7 +16,8 @@ import { createIommuBuffer, DeviceGate } from "../tracking/software-iommu.ts";
 import { TRACKING_COUNTERS } from "../tracking/tracker.ts";
 import { VIRTIO_IOMMU_S_NOENT } from "../wire/virtio-iommu.ts";
 import { claimsOf } from "./claims.ts";
-import { HostSide, type HostSideData, type PinnerName } from "./host-side.ts";
+import { HostSide, type HostSideData } from "./host-side.ts";
+import type { PinnerName } from "./pinners.ts";
 import type { Strategy } from "./strategy.ts";
 
 const FIRST = 0x20 as Bdf;

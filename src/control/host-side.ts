@@ -1,10 +1,8 @@
 import { HostError, UserError } from "../base/errors.ts";
 import { type Bdf, FRAME_SIZE } from "../base/units.ts";
 import { monotonicClock } from "../host/clock.ts";
-import { IoUringPinner } from "../host/io-uring-pinner.ts";
 import { canExceedMemlock, MEMLOCK_SLACK, memlockFix, memlockLimit, raiseMemlock } from "../host/limits.ts";
 import { PresentMappings } from "../host/present-mappings.ts";
-import { SoftwarePinner } from "../host/software-pinner.ts";
 import { counters } from "../memory/counters.ts";
 import { GuestMemory, type GuestRegion } from "../memory/guest-memory.ts";
 import { SharedWords } from "../memory/shared-words.ts";
@@ -23,12 +21,11 @@ import { gatesOf, type PciFunction } from "../virtio/device.ts";
 import { createFrontEnd, type FrontEnd, type FrontEndName } from "../virtio/front-end.ts";
 import type { DirtyCommands } from "./dirty.ts";
 import { PinLog } from "./pin-log.ts";
+import { createPinner, type DeviceSpace, type PinnerName } from "./pinners.ts";
 import { ringAddresses } from "./ring-addresses.ts";
 import { Speculating } from "./speculating.ts";
 import { hasDriver, type Strategy } from "./strategy.ts";
 import { Unpinning } from "./unpinning.ts";
-
-export type PinnerName = "io_uring" | "software";
 
 /** An assigned function. */
 export interface AssignedFunction {
@@ -56,6 +53,8 @@ export interface HostSideData {
   /** Infinity for none. */
   readonly activationTimeout: number;
   readonly pinner: PinnerName;
+  /** Of a real device. */
+  readonly space?: DeviceSpace | undefined;
   readonly policy: string;
   readonly interval: IntervalChoice;
   readonly speculate: string;
@@ -151,11 +150,12 @@ export class HostSide {
     this.#warn = warn;
     this.#iommu = new SoftwareIommu(data.iommu, monotonicClock);
     this.#iommu.setOpen(data.strategy === "none");
-    const inKernel = data.pinner === "io_uring";
-    this.#pinner = inKernel ? new IoUringPinner() : new SoftwarePinner();
-    this.present = inKernel
-      ? new PresentMappings((reason) => warn(`each page is pinned for itself: ${reason}`))
-      : undefined;
+    this.#pinner = createPinner(data.pinner, data.space);
+    const without = this.#pinner.mapsOnce
+      ? "what is hot is not mapped as one"
+      : "each page is pinned for itself";
+    this.present =
+      data.pinner === "software" ? undefined : new PresentMappings((reason) => warn(`${without}: ${reason}`));
     this.#assigned = new Map(data.assigned.map(({ bdf, gate }) => [bdf, gate]));
     this.#kernelPagesBefore = this.#pinner.kernelPinnedPages();
     this.#counters = counters(TRACKING_COUNTERS, data.counters);

@@ -9,9 +9,11 @@ import type { TrackingCounters } from "../tracking/tracker.ts";
 import type { FrontEndName } from "../virtio/front-end.ts";
 import type { Balloon } from "./balloon.ts";
 import type { DirtyFrames } from "./dirty.ts";
-import type { PinnerName, Started, Stopped } from "./host-side.ts";
+import type { Started, Stopped } from "./host-side.ts";
 import type { Operator } from "./operator.ts";
+import type { PinnerName } from "./pinners.ts";
 import type { PluggedDisks } from "./plugged-disks.ts";
+import type { RealDiskOptions } from "./real-disk.ts";
 import type { Recording } from "./recording.ts";
 import type { RunResult, WorkloadResult } from "./result.ts";
 import type { Strategy } from "./strategy.ts";
@@ -31,6 +33,8 @@ export interface MachineOptions {
   readonly quota: number;
   readonly pinner: PinnerName;
   readonly disk: StoreOptions;
+  /** A disk of this machine instead; only the embedded guest can have it. */
+  readonly device?: RealDiskOptions;
   /** With strategy `coiommu`: what is pinned before a driver turns PIN on, and how long it may take to (Infinity: for ever). */
   readonly beforeActivation: BeforeActivation;
   readonly activationTimeout: number;

@@ -24,6 +24,8 @@ export interface RunResult {
   /** Time between unpin passes at the end; null where there are none. */
   readonly intervalMs: number | null;
   readonly pinner: string | null;
+  /** The real function that the guest used, as BDF; null for models of ours. */
+  readonly device: string | null;
   readonly seed: null;
   readonly creation: {
     readonly pinMs: number;
@@ -79,8 +81,12 @@ export interface RunResult {
     readonly source: "VmPin" | "VmLck" | "none";
     readonly mappings: MappingsResult | null;
   };
-  /** Counted by the assigned devices. */
-  readonly dma: { readonly transfers: number; readonly bytes: number; readonly faults: number };
+  /** Counted by the assigned devices; null where none of them is ours. */
+  readonly dma: {
+    readonly transfers: number | null;
+    readonly bytes: number | null;
+    readonly faults: number | null;
+  };
   /** `mapped` is what the last unpin pass saw; null without one. */
   readonly samples: readonly {
     readonly ms: number;
@@ -116,7 +122,7 @@ export interface WorkloadResult {
   readonly iops: number | null;
   readonly bytesPerSecond: number | null;
   readonly latencyUs: { readonly p50: number; readonly p99: number } | null;
-  /** Whether written data was read back and compared; null when nothing was written. */
+  /** Whether what was read is what was written, or on a disk that is only read what was read first; null: neither. */
   readonly verified: boolean | null;
   readonly errors: number;
 }

@@ -1,3 +1,4 @@
+import { formatBdf } from "../base/units.ts";
 import { monotonicClock } from "../host/clock.ts";
 import { sums } from "../memory/counters.ts";
 import { meanPinned, type TrackingCounters } from "../tracking/counters.ts";
@@ -93,6 +94,7 @@ async function measure(
       policyParameters: policy?.parameters ?? null,
       intervalMs: policy && machine.pins.passInterval / 1e6,
       pinner: options.strategy === "none" ? null : options.pinner,
+      device: options.device ? formatBdf(options.device.bdf) : null,
       seed: null,
       creation: {
         pinMs: round(machine.started.pinMs),
@@ -132,7 +134,7 @@ function complaintsOf(
   );
   if (workload.errors > 0) complaints.push(`the workload met ${workload.errors} errors`);
   if (workload.verified === false) complaints.push("what the workload wrote is not what it read back");
-  if (dma.faults > 0) complaints.push(`the assigned devices met ${dma.faults} DMA faults`);
+  if (dma.faults) complaints.push(`the assigned devices met ${dma.faults} DMA faults`);
   return complaints;
 }
 
@@ -149,7 +151,9 @@ function steadyOf({ first, last }: Worked, { strategy }: RunOptions): RunResult[
 }
 
 export const dmaOf = ({ devices }: Pick<Machine, "devices">): RunResult["dma"] =>
-  sums(["transfers", "bytes", "faults"], devices);
+  devices.length > 0
+    ? sums(["transfers", "bytes", "faults"], devices)
+    : { transfers: null, bytes: null, faults: null };
 
 function sample({ pins }: Machine, { strategy }: RunOptions, ms: number): RunResult["samples"][number] {
   const tracked = strategy === "coiommu";

@@ -35,13 +35,19 @@ export class RunPool {
     return undefined;
   }
 
+  /** Never hand out these, of which some may not be in the pool. */
+  keep(first: number, count: number): void {
+    const at = first - this.#first;
+    this.#taken.fill(1, Math.max(0, at), Math.max(0, at + count));
+  }
+
   give(first: number, count: number): void {
     const at = first - this.#first;
     this.#taken.fill(0, at, at + count);
   }
 }
 
-/** Hands out the frames of one range of guest RAM. */
+/** Hands out the frames of RAM of one range of the guest's addresses. */
 export class FramePool implements PageAllocator {
   readonly #memory: GuestMemory;
   readonly #runs: RunPool;
@@ -49,6 +55,12 @@ export class FramePool implements PageAllocator {
   constructor(memory: GuestMemory, first: Gfn, frames: number) {
     this.#memory = memory;
     this.#runs = new RunPool(first, frames);
+    let end = 0;
+    for (const { gpa, size } of memory.regions) {
+      this.#runs.keep(end, gpa / FRAME_SIZE - end);
+      end = (gpa + size) / FRAME_SIZE;
+    }
+    if (end < first + frames) this.#runs.keep(end, first + frames - end);
   }
 
   allocate(frames: number): Gpa | undefined {

@@ -2,7 +2,7 @@ import assert from "node:assert/strict";
 import { test } from "node:test";
 import { FakeVfioKernel } from "../../test/support/vfio-kernel.ts";
 import { HostError, UserError } from "../base/errors.ts";
-import { VfioDevice } from "./vfio-device.ts";
+import { reservedRanges, VfioDevice } from "./vfio-device.ts";
 
 const BDF = "0000:00:06.0";
 const open = (kernel: FakeVfioKernel) => VfioDevice.open(BDF, kernel);
@@ -178,6 +178,13 @@ for (const call of [
     );
     assert.equal(kernel.files.size, 0);
   });
+
+test("reserved addresses: those that VFIO does not map over, and none where the kernel does not say", () => {
+  const kernel = new FakeVfioKernel();
+  assert.deepEqual(reservedRanges(BDF, kernel), [{ start: 0xfee0_0000, end: 0xfef0_0000 }]);
+  kernel.texts = {};
+  assert.deepEqual(reservedRanges(BDF, kernel), []);
+});
 
 test("a BAR that may not be mapped is refused", () => {
   const kernel = new FakeVfioKernel();

@@ -187,3 +187,16 @@ export function checked(fd: number, kernel: VfioKernel, check: () => void): numb
     throw error;
   }
 }
+
+/**
+ * Addresses that no memory can be mapped at for the function, from `start` to before `end`. Linux,
+ * Documentation/ABI/testing/sysfs-kernel-iommu_groups; VFIO maps over those of type direct-relaxable.
+ */
+export function reservedRanges(bdf: string, kernel: VfioKernel): { start: number; end: number }[] {
+  const text = kernel.text(`${FUNCTIONS}/${bdf}/iommu_group/reserved_regions`) ?? "";
+  return text
+    .split("\n")
+    .map((line) => line.split(" "))
+    .filter(([start, end, type]) => start && end && type !== "direct-relaxable")
+    .map(([start, end]) => ({ start: Number(start), end: Number(end) + 1 }));
+}

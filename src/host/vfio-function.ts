@@ -34,6 +34,7 @@ export class VfioFunction {
   readonly #config: number;
   readonly #bars: MappedBar[] = [];
   #open = true;
+  #dma = false;
 
   /** Takes over `fd`, also when it throws: UserError for what is no PCI function, HostError. */
   constructor(name: string, fd: number, kernel: VfioKernel) {
@@ -72,6 +73,7 @@ export class VfioFunction {
 
   /** From now on it may reach what the IOMMU maps. */
   startDma(): void {
+    this.#dma = true;
     this.#setCommand(PCI_COMMAND_MASTER, 0);
   }
 
@@ -81,8 +83,9 @@ export class VfioFunction {
    * ended. The kernel brings the command register back as it was before the reset.
    */
   stopDma(): void {
-    if (!this.#open) return;
+    if (!this.#dma) return;
     this.#setCommand(0, PCI_COMMAND_MASTER);
+    this.#dma = false;
     if (this.#canReset) this.#kernel.ioctl(this.#fd, "VFIO_DEVICE_RESET", VFIO_DEVICE_RESET, 0);
   }
 

@@ -8,6 +8,8 @@ import { lastErrno, libc, MAP_FAILED, systemCall } from "./libc.ts";
 export interface VfioKernel {
   /** Name of what a link leads to, or undefined. */
   link(path: string): string | undefined;
+  /** What a small file has, or undefined. */
+  text(path: string): string | undefined;
   /** Names in a folder; none when there is none. */
   list(path: string): string[];
   /** For reading and writing. This and all below throw HostError. */
@@ -39,6 +41,13 @@ export const linux: VfioKernel = {
   link(path) {
     try {
       return basename(fs.readlinkSync(path));
+    } catch {
+      return undefined;
+    }
+  },
+  text(path) {
+    try {
+      return fs.readFileSync(path, "latin1");
     } catch {
       return undefined;
     }

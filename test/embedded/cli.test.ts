@@ -68,7 +68,7 @@ for (const [strategy, workload, frontEnd = "virtio-iommu"] of [
     const run = await result("--strategy", strategy, "--workload", workload, "--front-end", frontEnd);
     checkSound(run);
     assert.deepEqual(fieldDifferences(run), []);
-    assert.ok(run.workload.ops! > 0 && run.workload.verified === true && run.dma.bytes > 0);
+    assert.ok(run.workload.ops! > 0 && run.workload.verified === true && run.dma.bytes! > 0);
     const { framesPeak } = run.pins;
     if (strategy === "static") assert.equal(framesPeak, 65_536);
     else assert.ok(strategy === "none" ? framesPeak === 0 : framesPeak > 0 && framesPeak < 65_536 / 4);
@@ -96,7 +96,7 @@ for (const workload of [
   test(`fault-capable, ${workload}: only rings are mapped, buffers are pinned by faults, and lazily unpinned`, async () => {
     const run = await result("--fault-capable", "--workload", workload);
     checkSound(run);
-    assert.ok(run.workload.verified === true && run.dma.transfers > 0);
+    assert.ok(run.workload.verified === true && run.dma.transfers! > 0);
     const { requests, framesFaulted, framesPinned, framesUnpinned } = run.pins;
     assert.ok(run.maps.framesMapped! < framesFaulted! / 10);
     assert.ok(framesPinned <= framesFaulted! + run.maps.framesMapped!);

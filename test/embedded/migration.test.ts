@@ -10,7 +10,7 @@ import { milliseconds } from "../../src/base/units.ts";
 import { EmbeddedMachine } from "../../src/control/embedded.ts";
 import type { EmbeddedOptions } from "../../src/control/embedded-plan.ts";
 import { parseWorkload } from "../../src/control/workload.ts";
-import { ramRegion } from "../../src/machine/embedded/ram.ts";
+import { ramRegions } from "../../src/machine/embedded/ram.ts";
 
 const FRAME = 4096;
 const options: EmbeddedOptions = {
@@ -59,7 +59,7 @@ async function migrate(t: TestContext, overrides: Partial<EmbeddedOptions> = {})
   });
 
   await sleep(500);
-  const live = ramRegion(machine.ram).bytes;
+  const live = ramRegions(machine.ram)[0]!.bytes;
   const copy = new Uint8Array(live.length);
   await machine.dirty.start();
   copy.set(live);

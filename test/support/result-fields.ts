@@ -30,6 +30,7 @@ const FIELDS: Record<PathOf<RunResult>, true> = {
   policyParameters: true,
   intervalMs: true,
   pinner: true,
+  device: true,
   seed: true,
   "creation.pinMs": true,
   "creation.toFirstInstructionMs": true,

@@ -36,6 +36,11 @@ export class FakeVfioKernel implements VfioKernel {
     return (PciHeader.read(this.config).command & PCI_COMMAND_MASTER) !== 0;
   }
 
+  texts: Record<string, string> = {
+    "/sys/bus/pci/devices/0000:00:06.0/iommu_group/reserved_regions":
+      "0x0000000000000000 0x0000000000ffffff direct-relaxable\n0x00000000fee00000 0x00000000feefffff msi\n",
+  };
+  text = (path: string) => this.texts[path];
   link = (path: string) => this.links[path];
   list = (path: string) => this.folders[path] ?? [];
 

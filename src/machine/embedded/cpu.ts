@@ -1,10 +1,11 @@
-import { UserError } from "../../base/errors.ts";
+import { invariant, UserError } from "../../base/errors.ts";
 import { type Bdf, FRAME_SIZE, type Gfn } from "../../base/units.ts";
 import { DRIVER_COUNTERS } from "../../driver/counters.ts";
 import { DirectDma } from "../../driver/dma.ts";
 import type { DmaApi } from "../../driver/dma-api.ts";
 import { FaultCapableDma } from "../../driver/fault-capable-dma.ts";
 import { DRIVERS, type FrontEndDriver, type FrontEndDrivers, type Places } from "../../driver/front-end.ts";
+import { NvmeController, type NvmeIdentity } from "../../driver/nvme-controller.ts";
 import { FramePool, RunPool } from "../../driver/pages.ts";
 import { RecordingDma } from "../../driver/recording-dma.ts";
 import { LazyQueue, RemappedDma } from "../../driver/remapped-dma.ts";
@@ -17,9 +18,9 @@ import { MailboxFunction } from "../../transport/mailbox.ts";
 import type { FrontEndName } from "../../virtio/front-end.ts";
 import { EventLogWriter } from "../../wire/event-log.ts";
 import { CommandServer, type WorkerBase } from "../commands.ts";
-import type { DeviceSetup } from "./device.ts";
-import { createLoad, type DeviceLink, type Load, type LoadSpec } from "./load.ts";
-import { type GuestRam, ramRegion } from "./ram.ts";
+import type { DeviceSetup, DiskSetup } from "./device.ts";
+import { createLoad, type DeviceLink, type Load, type LoadSpec, registersOf } from "./load.ts";
+import { type GuestRam, ramEnd, ramRegions } from "./ram.ts";
 import { ThreadCpu } from "./thread-cpu.ts";
 import type { Measurement } from "./workloads/workload.ts";
 
@@ -35,6 +36,9 @@ const IOVA_PAGES = 2 ** 16;
 
 /** A mapping that was refused is tried again after this time, if no device interrupts before. */
 const RETRY_MS = 5;
+/** A real disk does not interrupt: it is asked so often, and then again and again after a time in which others run. */
+const POLLS = 200;
+const NAP_MS = 0.05;
 
 const STALLED =
   "the workload does not go on: a device does not answer, or no buffer can be mapped (is the quota too small?)";
@@ -83,6 +87,8 @@ export class CpuThread {
   #driver: FrontEndDriver | undefined;
   #remapped: RemappedDma | undefined;
   #load: Load | undefined;
+  /** A real disk: on the CPU that boots. */
+  #disk: NvmeController | undefined;
 
   constructor(data: CpuData & WorkerBase) {
     this.#data = data;
@@ -90,14 +96,14 @@ export class CpuThread {
     this.#drivers = DRIVERS[data.frontEnd];
     this.#bell = new Bell(data.bell);
     const backend = new Bell(data.backendBell);
-    const memory = new GuestMemory([ramRegion(ram)]);
+    const memory = new GuestMemory(ramRegions(ram));
     this.#on = {
       memory,
       pciFunction: new MailboxFunction({ buffer: mailbox, client: number, ring: () => backend.ring() }),
       cpu: new ThreadCpu(),
       counters: counters(DRIVER_COUNTERS, data.counters),
     };
-    const frames = framesOfCpu(memory.size, cpus);
+    const frames = framesOfCpu(ramEnd(ram), cpus);
     this.#pages = new FramePool(memory, (FIRST_FRAME + number * frames) as Gfn, frames);
     const { recordingSince } = data;
     if (recordingSince !== null)
@@ -106,8 +112,13 @@ export class CpuThread {
       // What a CPU executes first.
       reset: () => {},
       activate: () => this.#activate(),
+      startDisk: (places: Places | null) => this.#startDisk(places),
       attach: (attach: Attach) => this.#attach(attach),
+      createQueue: ({ queue, layout }: DiskSetup) => this.#disk!.createQueue(queue, layout),
       work: () => this.#work(),
+      deleteQueue: ({ queue }: DiskSetup) => this.#disk!.deleteQueue(queue),
+      release: () => this.#release(),
+      stopDisk: () => this.#disk!.shutDown(),
       live: () => this.#live(),
     });
   }
@@ -126,9 +137,24 @@ export class CpuThread {
     return this.#drivers.activate(this.#on, this.#pages, this.#data.cpus);
   }
 
+  #open(places: Places | null): void {
+    if (places) this.#driver ??= this.#drivers.open(this.#on, this.#data.number, places);
+  }
+
+  /** On the CPU that boots: bring a real disk up, with a queue for each CPU. */
+  #startDisk(places: Places | null): NvmeIdentity {
+    const { link, cpus } = this.#data;
+    invariant(link && "bar" in link, "the disk is real");
+    this.#open(places);
+    const dma = this.#recorded(this.#dmaOf(link.endpoint), link.endpoint);
+    const { memory, cpu } = this.#on;
+    this.#disk = new NvmeController({ memory, dma, cpu, registers: registersOf(link.bar) }, cpus);
+    return this.#disk.identity;
+  }
+
   #attach({ places, load }: Attach): DeviceSetup | null {
     const { link, number } = this.#data;
-    if (places) this.#driver = this.#drivers.open(this.#on, number, places);
+    this.#open(places);
     if (!link || !load) return null;
     this.#load = createLoad(load, link, {
       memory: this.#on.memory,
@@ -171,6 +197,12 @@ export class CpuThread {
     if (this.#data.number === 0) this.#driver?.pollFaults?.();
   }
 
+  /** Its device knows its rings no more. */
+  #release(): void {
+    this.#load?.close();
+    this.#remapped?.tick(true);
+  }
+
   /** Mappings that the workload has left. */
   #live(): number {
     this.#pollFaults();
@@ -185,7 +217,9 @@ export class CpuThread {
   #work(): Measurement | null {
     if (!this.#load) return null;
     const { workload, patience } = this.#load;
+    const polled = "bar" in this.#data.link!;
     let since = monotonicClock.now();
+    let polls = 0;
     for (;;) {
       const { rings } = this.#bell;
       const progress = workload.poll();
@@ -193,9 +227,12 @@ export class CpuThread {
       this.#pollFaults();
       if (workload.finished) return workload.measurement;
       const now = monotonicClock.now();
-      if (progress) since = now;
-      else if (now - since < patience) this.#bell.sleep(rings, RETRY_MS);
-      else throw new UserError(STALLED, 1);
+      if (progress) {
+        since = now;
+        polls = 0;
+      } else if (now - since < patience) {
+        if (!polled || ++polls > POLLS) this.#bell.sleep(rings, polled ? NAP_MS : RETRY_MS);
+      } else throw new UserError(STALLED, 1);
     }
   }
 }

@@ -12,16 +12,22 @@ import { DeviceGate } from "../../tracking/software-iommu.ts";
 import { SECTOR_SIZE } from "../../wire/virtio-blk.ts";
 import { CommandServer, type WorkerBase } from "../commands.ts";
 import { DeviceRegisters } from "./doorbells.ts";
-import { type GuestRam, ramRegion } from "./ram.ts";
+import { type GuestRam, ramRegions } from "./ram.ts";
 
 /** Work done before the CPUs are told: as a device coalesces its interrupts. */
 const BATCH = 32;
 /** Work that the IOMMU has forbidden is tried again after this time, if nobody rings before. */
 const RETRY_MS = 100;
 
+export interface DiskSetup {
+  readonly kind: "disk";
+  readonly queue: number;
+  readonly layout: NvmeQueueLayout;
+}
+
 /** What a driver tells the device, through the control thread, when its rings are there. */
 export type DeviceSetup =
-  | { readonly kind: "disk"; readonly queue: number; readonly layout: NvmeQueueLayout }
+  | DiskSetup
   | { readonly kind: "nic"; readonly setup: NicSetup }
   | { readonly kind: "gpu"; readonly setup: GpuSetup };
 export type DeviceKind = DeviceSetup["kind"];
@@ -174,7 +180,7 @@ export class DeviceThread {
     const { kind, number, ram, iommu, backendBell, store } = this.#data;
     const backend = new Bell(backendBell);
     this.#gate = new DeviceGate(iommu, number, () => backend.ring());
-    const memory = new GatedMemory(new GuestMemory([ramRegion(ram)]), this.#gate);
+    const memory = new GatedMemory(new GuestMemory(ramRegions(ram)), this.#gate);
     this.#model = MODELS[kind]({
       ...{ memory, registers: this.#registers, store },
       counters: counters(DEVICE_COUNTERS, this.#data.counters),

@@ -1,9 +1,14 @@
+import { invariant } from "../../base/errors.ts";
 import { type Bdf, milliseconds, type Nanoseconds } from "../../base/units.ts";
 import { GENERATOR, type NicSetup } from "../../device/nic.ts";
 import type { NicPort } from "../../driver/nic.ts";
 import { NvmeQueue } from "../../driver/nvme.ts";
+import { type NvmeIdentity, nvmePort } from "../../driver/nvme-controller.ts";
 import type { NvmePort } from "../../driver/nvme-rings.ts";
+import { SharedMapping } from "../../host/mapping.ts";
+import type { MappedBar } from "../../host/vfio-function.ts";
 import { Bell } from "../../memory/bell.ts";
+import { MmioRegisters } from "../../memory/mmio.ts";
 import type { FioWorkload, GpuWorkload as GpuText, NicWorkload as NicText } from "../workload-text.ts";
 import {
   completionHead,
@@ -22,20 +27,27 @@ import { Latencies } from "./workloads/latencies.ts";
 import { NicWorkload } from "./workloads/nic.ts";
 import { type Guest, type GuestWorkload, measurement } from "./workloads/workload.ts";
 
-/** How a CPU reaches its device. */
-export interface DeviceLink {
-  readonly endpoint: Bdf;
-  readonly bell: SharedArrayBuffer;
-  readonly doorbells: SharedArrayBuffer;
-}
+/** How a CPU reaches its device: a model in another thread, or the registers of a real disk, which it polls. */
+export type DeviceLink = { readonly endpoint: Bdf } & (
+  | { readonly bell: SharedArrayBuffer; readonly doorbells: SharedArrayBuffer }
+  | { readonly bar: MappedBar }
+);
 
 /** What one CPU does for a workload. */
 export type LoadSpec =
-  | { readonly name: "idle"; readonly seconds: number; readonly queue: number }
+  | {
+      readonly name: "idle";
+      readonly seconds: number;
+      readonly queue: number;
+      readonly disk?: NvmeIdentity | undefined;
+    }
   | {
       readonly name: "fio";
       readonly fio: FioWorkload;
       readonly queue: number;
+      /** What a real disk is. */
+      readonly disk?: NvmeIdentity | undefined;
+      readonly readOnly: boolean;
       readonly region: { readonly start: number; readonly size: number };
       /** Frames that buffers may lie in. */
       readonly cacheFrames: number;
@@ -49,6 +61,8 @@ export interface Load {
   readonly setup: DeviceSetup;
   /** So long it may be without progress. */
   readonly patience: Nanoseconds;
+  /** The workload has finished, and the device does not know its rings any more. */
+  close(): void;
 }
 
 const PATIENCE = milliseconds(10_000);
@@ -58,28 +72,27 @@ const GPU_RING = 64;
 const IDLE_QUEUE = 32;
 
 export function createLoad(spec: LoadSpec, link: DeviceLink, guest: Guest): Load {
-  const doorbells = new Doorbells(link.doorbells, new Bell(link.bell));
   switch (spec.name) {
     case "idle": {
-      const { queue: id, seconds } = spec;
-      const queue = new NvmeQueue({ ...guest, port: nvmePort(doorbells), id, size: IDLE_QUEUE });
-      const workload = new Idle(guest, queue, seconds);
-      return { workload, setup: diskSetup(id, queue), patience: milliseconds(Number.POSITIVE_INFINITY) };
+      const { queue: id, seconds, disk } = spec;
+      const size = Math.min(IDLE_QUEUE, disk?.queueSizeMax ?? IDLE_QUEUE);
+      const queue = new NvmeQueue({ ...guest, port: diskPort(link, disk), id, size });
+      return diskLoad(id, queue, new Idle(guest, seconds), milliseconds(Number.POSITIVE_INFINITY));
     }
     case "fio": {
-      const { queue, region, fio, cacheFrames } = spec;
-      const port = nvmePort(doorbells);
-      const workload = new BlockWorkload({ guest, port, queue, workload: fio, region, cacheFrames });
-      return { workload, setup: diskSetup(queue, workload.queue), patience: PATIENCE };
+      const { queue, fio: workload, disk, ...rest } = spec;
+      const block = new BlockWorkload({ ...rest, guest, port: diskPort(link, disk), queue, workload, disk });
+      return diskLoad(queue, block.queue, block, PATIENCE);
     }
     case "nic":
-      return nicLoad(spec.nic, spec.cacheFrames, nicPort(doorbells), guest);
+      return nicLoad(spec.nic, spec.cacheFrames, nicPort(doorbellsOf(link)), guest);
     case "gpu": {
+      const doorbells = doorbellsOf(link);
       const port = { submit: (tail: number) => doorbells.write(GPU_TAIL, tail) };
       const workload = new GpuWorkload({ guest, port, workload: spec.gpu, ringSize: GPU_RING });
       const { ring, table, pages } = workload.driver;
       const setup = { ring: { iova: ring.iova, size: GPU_RING }, table, pages };
-      return { workload, setup: { kind: "gpu", setup }, patience: PATIENCE };
+      return { workload, setup: { kind: "gpu", setup }, patience: PATIENCE, close: () => {} };
     }
   }
 }
@@ -96,17 +109,31 @@ function nicLoad(nic: NicText, cacheFrames: number, port: NicPort, guest: Guest)
     bufferSize: buffers.size,
     source: receives ? { length: nic.size } : "loopback",
   };
-  return { workload, setup: { kind: "nic", setup }, patience: PATIENCE };
+  return { workload, setup: { kind: "nic", setup }, patience: PATIENCE, close: () => {} };
 }
 
-const diskSetup = (queue: number, { rings: { submission, completion, size } }: NvmeQueue): DeviceSetup => ({
-  ...{ kind: "disk", queue, layout: { submission, completion, size } },
-});
+function diskLoad(id: number, queue: NvmeQueue, workload: GuestWorkload, patience: Nanoseconds): Load {
+  const { submission, completion, size } = queue.rings;
+  const setup: DeviceSetup = { kind: "disk", queue: id, layout: { submission, completion, size } };
+  return { workload, setup, patience, close: () => queue.close() };
+}
 
-const nvmePort = (doorbells: Doorbells): NvmePort => ({
-  submit: (queue, tail) => doorbells.write(submissionTail(queue), tail),
-  complete: (queue, head) => doorbells.write(completionHead(queue), head),
-});
+/** `disk`: what a real one is. */
+function diskPort(link: DeviceLink, disk: NvmeIdentity | undefined): NvmePort {
+  if ("bar" in link && disk) return nvmePort(registersOf(link.bar), disk.doorbellStride);
+  const doorbells = doorbellsOf(link);
+  return {
+    submit: (queue, tail) => doorbells.write(submissionTail(queue), tail),
+    complete: (queue, head) => doorbells.write(completionHead(queue), head),
+  };
+}
+
+export const registersOf = (bar: MappedBar): MmioRegisters => new MmioRegisters(SharedMapping.bytes(bar));
+
+function doorbellsOf(link: DeviceLink): Doorbells {
+  invariant("doorbells" in link, "the device is a model");
+  return new Doorbells(link.doorbells, new Bell(link.bell));
+}
 
 const nicPort = (doorbells: Doorbells): NicPort => ({
   receive: (tail) => doorbells.write(NIC_RECEIVE, tail),
@@ -117,23 +144,20 @@ const nicPort = (doorbells: Doorbells): NicPort => ({
   },
 });
 
-/** A disk whose driver runs, and that nobody uses. */
+/** What leaves a disk alone whose driver runs. */
 class Idle implements GuestWorkload {
   readonly measurement = measurement(new Latencies());
   readonly #guest: Guest;
-  readonly #queue: NvmeQueue;
   #end: number;
   finished = false;
 
-  constructor(guest: Guest, queue: NvmeQueue, seconds: number) {
+  constructor(guest: Guest, seconds: number) {
     this.#guest = guest;
-    this.#queue = queue;
     this.#end = guest.clock.now() + seconds * 1e9;
   }
 
   poll(): boolean {
     if (this.#guest.clock.now() < this.#end) return false;
-    this.#queue.close();
     this.finished = true;
     return true;
   }

@@ -1,10 +1,11 @@
 import assert from "node:assert/strict";
 import test from "node:test";
-import { milliseconds } from "../../base/units.ts";
+import { type Gfn, milliseconds } from "../../base/units.ts";
+import { FramePool } from "../../driver/pages.ts";
 import { Bell } from "../../memory/bell.ts";
 import { GuestMemory } from "../../memory/guest-memory.ts";
 import { DeviceRegisters, Doorbells, doorbellsBuffer } from "./doorbells.ts";
-import { OwnedRam, ramRegion } from "./ram.ts";
+import { OwnedRam, ramEnd, ramRegions } from "./ram.ts";
 import { ThreadCpu } from "./thread-cpu.ts";
 
 test("doorbells: each write rings, the latest value counts, and an unchanged one is no news", () => {
@@ -39,12 +40,28 @@ test("doorbells: each write rings, the latest value counts, and an unchanged one
 test("RAM of either kind: zero, whole, and the same bytes through every view", () => {
   for (const pinned of [false, true]) {
     const owned = new OwnedRam(1, pinned);
-    const [a, b] = [new GuestMemory([ramRegion(owned.ram)]), new GuestMemory([ramRegion(owned.ram)])];
+    const [a, b] = [new GuestMemory(ramRegions(owned.ram)), new GuestMemory(ramRegions(owned.ram))];
     assert.equal(a.size, 2 ** 20);
     assert.equal(a.add32(4096, 3), 0);
     assert.equal(b.load32(4096), 3);
     assert.equal(a.hostAddress(4096) > 2 ** 20, pinned, "only what is to be pinned has an address");
   }
+});
+
+test("RAM around a hole: what would be there comes behind it, and is handed out by nobody", () => {
+  const [start, size] = [2 ** 19, 2 ** 18];
+  const owned = new OwnedRam(1, true, { start, size });
+  const memory = new GuestMemory(ramRegions(owned.ram));
+  assert.deepEqual([memory.size, ramEnd(owned.ram)], [2 ** 20, 2 ** 20 + size]);
+  assert.deepEqual([memory.find(start - 1, 2), memory.find(start + size - 1, 1)], [undefined, undefined]);
+  assert.equal(memory.hostAddress(start + size), memory.hostAddress(start - 4096) + 4096);
+  const pool = new FramePool(memory, 1 as Gfn, ramEnd(owned.ram) / 4096);
+  const frames = new Set(Array.from({ length: 255 }, () => pool.allocate(1)!));
+  assert.equal(pool.allocate(1), undefined, "255 frames are there: 0 is not in the pool");
+  assert.equal(frames.size, 255);
+  assert.ok([...frames].every((gpa) => memory.find(gpa, 4096)));
+  const below = new OwnedRam(1, true, { start: 2 ** 20, size });
+  assert.deepEqual(ramRegions(below.ram).length, 1, "a hole behind all RAM is none");
 });
 
 test("more RAM than the machine can reserve is the user's error", () => {

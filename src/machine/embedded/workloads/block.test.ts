@@ -5,7 +5,7 @@ import { type NvmeRigOptions, nvmeParts } from "../../../../test/support/nvme.ts
 import { guestOf, runWorkload } from "../../../../test/support/workload.ts";
 import { MemoryStore } from "../../../device/block-store.ts";
 import { type FioWorkload, parseFioWorkload } from "../../workload-text.ts";
-import { BlockWorkload } from "./block.ts";
+import { type BlockOptions, BlockWorkload } from "./block.ts";
 import { report } from "./workload.ts";
 
 const MIB = 2 ** 20;
@@ -15,9 +15,11 @@ interface Options extends NvmeRigOptions {
   readonly seed?: number;
   /** Milliseconds that pass with each look at the clock. */
   readonly step?: number;
+  readonly readOnly?: boolean;
+  readonly disk?: BlockOptions["disk"];
 }
 
-function run(text: string, { failEvery, seed, step, ...options }: Options = {}) {
+function run(text: string, { failEvery, seed, step, readOnly = false, disk, ...options }: Options = {}) {
   const r = nvmeParts(options);
   const doorbells: number[] = [];
   const port = {
@@ -31,10 +33,13 @@ function run(text: string, { failEvery, seed, step, ...options }: Options = {}) 
     ...{ guest: guestOf(r, seed, step), port, queue: 3, cacheFrames: 1024 },
     workload: { size: 2 * MIB, ...parseFioWorkload(text), seconds: 1 } satisfies FioWorkload,
     region: { start: 4 * MIB, size: 8 * MIB },
+    readOnly,
+    disk,
   });
   r.controller.createQueue(3, workload.queue.rings);
   r.dma.failEvery = failEvery ?? r.dma.failEvery;
   runWorkload(workload, r.controller);
+  workload.queue.close();
   return { ...r, ...workload.measurement, report: report([workload.measurement]), doorbells };
 }
 
@@ -174,6 +179,56 @@ for (const [what, text, Twin, mismatches] of twins)
     assert.deepEqual([r.mismatches, r.report.verified], [mismatches, false]);
   });
 
+/** Blocks whose content is their own, and the disk's alone. */
+class Filled extends MemoryStore {
+  reads = 0;
+  writes = 0;
+  readonly #changes: number;
+  constructor(changes = Number.POSITIVE_INFINITY) {
+    super(2 ** 18);
+    this.#changes = changes;
+    const all = Uint8Array.from({ length: 16 * MIB }, (_, i) => (i >> 9) ^ (i >> 4));
+    super.write(0, all);
+  }
+  override write(): void {
+    this.writes++;
+  }
+  override read(position: number, into: Uint8Array): void {
+    super.read(position, into);
+    if (++this.reads === this.#changes) into[7]! ^= 1;
+  }
+}
+
+for (const text of ["fio:rw=randread", "fio:rw=read,bs=512", "fio:rw=randread,bs=64k,iodepth=2"])
+  test(`${text}, only read: nothing is written, and what is read is what was read first`, () => {
+    const store = new Filled();
+    const r = run(text, { store, step: 0.5, readOnly: true });
+    assert.deepEqual([store.writes, r.mismatches, r.errors, r.report.verified], [0, 0, 0, true]);
+    const blocks = (2 * MIB) / parseFioWorkload(text).blockSize;
+    assert.equal(r.compared, r.ops + blocks, "all but the first reading, and the check");
+    assert.deepEqual([r.dma.live, r.pages.used], [0, 0]);
+  });
+
+test("broken twin: a bit that changes on a disk that is only read is noticed, at the first reading too", () => {
+  const once = run("fio:rw=randread", { store: new Filled(1000), step: 0.1, readOnly: true });
+  assert.deepEqual([once.mismatches, once.report.verified], [1, false]);
+  const first = run("fio:rw=randread", { store: new Filled(1), step: 0.1, readOnly: true });
+  assert.ok(first.mismatches >= 1 && first.report.verified === false);
+});
+
+test("who may only read cannot be told to write", () => {
+  assert.throws(() => run("fio:rw=randrw", { readOnly: true }), /does not write/);
+});
+
+test("a disk with limits: no command is longer, no queue larger, and blocks are its own", () => {
+  const disk = { blockSize: 512, transferMax: 16_384, queueSizeMax: 4 };
+  const store = new Filled();
+  const r = run("fio:rw=randread,iodepth=32", { store, step: 0.5, readOnly: true, disk });
+  assert.deepEqual([r.mismatches, r.errors], [0, 0]);
+  assert.ok(new Set(r.doorbells).size <= 4, "entries of its ring");
+  assert.ok(r.counters.bytes / r.counters.requests <= 16_384);
+});
+
 test("stopped early, in each phase: all is unmapped and freed", () => {
   for (const after of [1, 10, 200]) {
     const r = nvmeParts();
@@ -184,6 +239,7 @@ test("stopped early, in each phase: all is unmapped and freed", () => {
     });
     r.controller.createQueue(1, workload.queue.rings);
     runWorkload(workload, r.controller, (n) => n === after && workload.stop());
+    workload.queue.close();
     assert.deepEqual([r.dma.live, r.pages.used, workload.measurement.mismatches], [0, 0, 0]);
   }
 });

@@ -4,9 +4,10 @@ import { FRAME_SIZE, type Gpa } from "../../../base/units.ts";
 import type { DmaBuffer } from "../../../driver/dma-api.ts";
 import { FrameCache } from "../../../driver/frames.ts";
 import { NvmeQueue } from "../../../driver/nvme.ts";
+import type { NvmeIdentity } from "../../../driver/nvme-controller.ts";
 import type { NvmePort } from "../../../driver/nvme-rings.ts";
 import { isStamped, Stamp, stamp } from "../../../wire/stamp.ts";
-import { type FioWorkload, WRITTEN_REGION } from "../../workload-text.ts";
+import { type FioWorkload, WRITTEN_REGION, writes } from "../../workload-text.ts";
 import { Latencies } from "./latencies.ts";
 import { type Guest, type GuestWorkload, type Measurement, measurement } from "./workload.ts";
 
@@ -20,6 +21,10 @@ export interface BlockOptions {
   readonly region: { readonly start: number; readonly size: number };
   /** Frames of the page cache; at least those of one request. */
   readonly cacheFrames: number;
+  /** Nothing is written: the region is read first instead of filled, and must not change. */
+  readonly readOnly?: boolean;
+  /** What the disk is; one without these limits if it is not given. */
+  readonly disk?: Pick<NvmeIdentity, "blockSize" | "transferMax" | "queueSizeMax"> | undefined;
 }
 
 type Phase = "fill" | "measured" | "check" | "finished";
@@ -38,7 +43,8 @@ interface Piece {
 
 /**
  * What fio does, on an NVMe queue pair: fill the region, measure, check all of it. Each block carries its place and
- * generation, and every block that is read, in whichever phase, is compared with what was written last.
+ * generation, and every block that is read, in whichever phase, is compared with what was written last; if nothing is
+ * written, with what was read first. The queue is its owner's to close, when this has finished.
  */
 export class BlockWorkload implements GuestWorkload {
   readonly queue: NvmeQueue;
@@ -48,8 +54,12 @@ export class BlockWorkload implements GuestWorkload {
   readonly #cache: FrameCache;
   readonly #latencies = new Latencies();
   readonly #blocks: number;
-  /** Of each block: what was written last; 0 or negative when that failed, and nobody knows what is there. */
+  /**
+   * Of each block: what was written last; 0 or negative when that failed, and nobody knows what is there. If nothing is
+   * written: the digest of what was read first.
+   */
   readonly #generations: Int32Array;
+  readonly #bulkBytes: number;
   /** Of each block: readers in flight, or -1 for a writer. */
   readonly #users: Int16Array;
   #phase: Phase = "fill";
@@ -60,13 +70,17 @@ export class BlockWorkload implements GuestWorkload {
 
   /** Throws DmaMapFailed when there are no rings. The controller learns of `queue` before the first poll(). */
   constructor(options: BlockOptions) {
-    const { guest, port, queue, workload, region, cacheFrames } = options;
+    const { guest, port, queue, workload, region, cacheFrames, disk, readOnly } = options;
     const { memory, dma, pages, seed } = guest;
     this.#options = options;
     this.#next = random(seed);
-    const size = Math.max(workload.ioDepth, BULK_DEPTH) + 1;
-    this.queue = new NvmeQueue({ memory, dma, port, id: queue, size });
+    const entries = Math.max(workload.ioDepth, BULK_DEPTH) + 1;
+    const size = Math.min(entries, disk?.queueSizeMax ?? entries);
+    const { blockSize } = disk ?? {};
+    this.queue = new NvmeQueue({ memory, dma, port, id: queue, size, ...(blockSize && { blockSize }) });
+    this.#bulkBytes = Math.min(BULK_BYTES, disk?.transferMax ?? BULK_BYTES);
     const largest = Math.max(BULK_BYTES, workload.blockSize) / FRAME_SIZE + 1;
+    invariant(!(readOnly && writes(workload)), "who may only read does not write");
     invariant(cacheFrames >= largest, `the page cache has ${largest} frames or more`);
     this.#cache = new FrameCache(pages, cacheFrames, this.#next);
     this.#blocks = Math.floor(Math.min(workload.size ?? WRITTEN_REGION, region.size) / workload.blockSize);
@@ -93,13 +107,14 @@ export class BlockWorkload implements GuestWorkload {
 
   /** Fill or check, in order. */
   #bulk(): boolean {
-    const { blockSize } = this.#options.workload;
-    const each = Math.max(1, Math.floor(BULK_BYTES / blockSize));
+    const { workload, readOnly = false } = this.#options;
+    const each = Math.max(1, Math.floor(this.#bulkBytes / workload.blockSize));
+    const write = this.#phase === "fill" && !readOnly;
     let submitted = false;
     const stopped = this.#stopped && this.#phase === "fill";
     while (!stopped && this.#cursor < this.#blocks && this.queue.pending < BULK_DEPTH) {
       const blocks = Math.min(each, this.#blocks - this.#cursor);
-      if (!this.#submit({ first: this.#cursor, blocks, write: this.#phase === "fill" })) break;
+      if (!this.#submit({ first: this.#cursor, blocks, write })) break;
       this.#cursor += blocks;
       submitted = true;
     }
@@ -132,7 +147,6 @@ export class BlockWorkload implements GuestWorkload {
     } else if (this.#phase === "measured") this.#phase = "check";
     else {
       this.#phase = "finished";
-      this.queue.close();
       this.#cache.close();
     }
   }
@@ -205,9 +219,22 @@ export class BlockWorkload implements GuestWorkload {
 
   #compare(first: number, data: Uint8Array, generations: readonly number[]): void {
     for (const [i, block] of this.#split(data)) {
+      if (this.#options.readOnly) {
+        this.#compareWithFirst(first + i, digest(block));
+        continue;
+      }
       if (generations[i]! <= 0) continue;
       this.measurement.compared++;
       if (!isStamped(block, this.#sector(first + i), generations[i]!)) this.measurement.mismatches++;
+    }
+  }
+
+  #compareWithFirst(block: number, found: number): void {
+    const before = this.#generations[block]!;
+    if (before === 0) this.#generations[block] = found;
+    else {
+      this.measurement.compared++;
+      if (found !== before) this.measurement.mismatches++;
     }
   }
 
@@ -232,6 +259,14 @@ export class BlockWorkload implements GuestWorkload {
     });
     return { frames, buffers };
   }
+}
+
+/** FNV-1a over 32-bit words, never 0. */
+function digest(block: Uint8Array): number {
+  const words = new Uint32Array(block.buffer, block.byteOffset, block.length / 4);
+  let hash = 0x811c_9dc5;
+  for (const word of words) hash = Math.imul(hash ^ word, 0x0100_0193);
+  return hash | 1;
 }
 
 function copy(

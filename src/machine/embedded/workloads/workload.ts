@@ -19,7 +19,7 @@ export interface GuestWorkload {
   poll(): boolean;
   /** End the measured phase before its time. */
   stop(): void;
-  /** Everything was checked, unmapped and freed. A device that never answers is waited for: the caller bounds that. */
+  /** Everything was checked, and its buffers are unmapped and freed. A device that never answers is waited for: the caller bounds that. */
   readonly finished: boolean;
   /** Of the measured phase; errors and comparisons of all phases. */
   readonly measurement: Measurement;
