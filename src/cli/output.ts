@@ -60,6 +60,13 @@ const ROWS: readonly Row[] = [
     of: (r) => r.kernel.pinnedPagesPeak,
     show: mib,
   },
+  {
+    label: "pinned beyond need at most, MiB",
+    of: (r) => r.kernel.mappings?.framesBeyondNeedPeak ?? null,
+    show: mib,
+  },
+  { label: "mappings of the IOMMU at most", of: (r) => r.kernel.mappings?.peak ?? null },
+  { label: "mappings that the kernel allows", of: (r) => r.kernel.mappings?.limit ?? null },
   { label: "pinned and never transferred, MiB", of: (r) => r.pins.framesNeverTransferred, show: mib },
   { label: "DMA mappings", of: (r) => r.maps.map },
   { label: "pin requests (exits)", of: (r) => r.pins.requests },
