@@ -20,7 +20,7 @@ export async function vfio(
 ): Promise<VfioReport> {
   using native = await NativeBinary.build(SOURCE, "library", say, []);
   return device === undefined
-    ? inMachine(native.path, rounds, say)
+    ? await inMachine(native.path, rounds, say)
     : here({ device, native: native.path, rounds, say });
 }
 
