@@ -12,18 +12,13 @@ import { policiesLive } from "./policies-live.ts";
 import * as reports from "./reports.ts";
 import { vfio } from "./vfio/main.ts";
 
-const USAGE = `usage: npm run bench -- hot-path|extents|pass [--rounds N] [--json FILE]
-       npm run bench -- policies [WORKLOAD…] [--logs FOLDER (kept, and replayed if there)] [--json FILE]
-       npm run bench -- policies-live [WORKLOAD…] [--json FILE]
-       npm run bench -- vfio [--device BDF (of this machine, instead of a VM's)] [--rounds N] [--json FILE]`;
+const USAGE = `usage: coiommu bench NAME, or in a checkout npm run bench -- NAME; results in bench/results, or --json FILE
+  hot-path|extents|pass [--rounds N]
+  policies [WORKLOAD…] [--logs FOLDER (kept, and replayed if there)]
+  policies-live [WORKLOAD…]
+  vfio [--device BDF (of this machine, instead of a VM's)] [--rounds N]`;
 
-const { positionals, values } = parseArgs({
-  allowPositionals: true,
-  options: {
-    ...{ rounds: { type: "string" }, json: { type: "string" }, logs: { type: "string" } },
-    device: { type: "string" },
-  },
-});
+const { positionals, values } = given();
 const [name, ...more] = positionals;
 const rounds = Number(values.rounds ?? (name === "vfio" ? 21 : 61));
 const machine: reports.Machine = {
@@ -58,8 +53,22 @@ switch (name) {
     wrongUsage();
 }
 
-function wrongUsage(): never {
-  console.error(USAGE);
+function given() {
+  try {
+    return parseArgs({
+      allowPositionals: true,
+      options: {
+        ...{ rounds: { type: "string" }, json: { type: "string" }, logs: { type: "string" } },
+        device: { type: "string" },
+      },
+    });
+  } catch (error) {
+    return wrongUsage((error as Error).message);
+  }
+}
+
+function wrongUsage(...wrong: string[]): never {
+  for (const line of [...wrong, USAGE]) console.error(line);
   process.exit(2);
 }
 

@@ -7,11 +7,12 @@ const MAIN = new URL("../../bench/main.ts", import.meta.url);
 /** The experiments are of the repository, with what they need: a compiler, plots. */
 export const benchCommand = (): Command =>
   new Command("bench")
-    .description("Measure on this machine, in a checkout of coIOMMU: see `coiommu bench` without a name.")
+    .description(
+      "Measure on this machine, in a checkout of coIOMMU; without a name, say which experiments there are.",
+    )
     .argument("[name]", "which experiment")
     .allowUnknownOption()
     .allowExcessArguments()
-    .helpOption(false)
     .action(async () => {
       if (!existsSync(MAIN))
         throw new UserError("the experiments are not in the package: run this in a checkout of coIOMMU", 1);
