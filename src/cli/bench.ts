@@ -11,8 +11,8 @@ export const benchCommand = (): Command =>
       "Measure on this machine, in a checkout of coIOMMU; without a name, say which experiments there are.",
     )
     .argument("[name]", "which experiment")
+    .argument("[more...]", "what it takes")
     .allowUnknownOption()
-    .allowExcessArguments()
     .action(async () => {
       if (!existsSync(MAIN))
         throw new UserError("the experiments are not in the package: run this in a checkout of coIOMMU", 1);
