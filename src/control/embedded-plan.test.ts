@@ -89,9 +89,9 @@ test("a real disk is the only device, at its own place, and is only read unless 
 });
 
 for (const [workload, cpus, sentence] of [
-  ["fio:bs=6k", 1, /bs is no multiple of the disk's 4096 bytes/],
-  ["fio:bs=512", 1, /bs is no multiple/],
-  ["fio:bs=256k", 1, /more than the 131072 that it moves at once/],
+  ["fio:bs=6k", 1, /bs must be a multiple of the disk's blocks, of 4096 bytes/],
+  ["fio:bs=512", 1, /bs must be a multiple/],
+  ["fio:bs=256k", 1, /bs must be at most 131072/],
   ["idle:seconds=1", 3, /--cpus 3: the disk has a queue for 2 of them only/],
 ] as const)
   test(`${workload} on ${cpus} CPUs: what a real disk cannot do is one sentence`, () => {

@@ -58,10 +58,10 @@ export function planLoads(
       return each((cpu) => ({ name: "idle", seconds: workload.seconds, queue: cpu + 1, disk }));
     case "fio": {
       const { blockSize } = workload.fio;
-      if (disk && (blockSize > disk.transferMax || blockSize % disk.blockSize !== 0))
-        throw wrong(
-          `bs is no multiple of the disk's ${disk.blockSize} bytes, or more than the ${disk.transferMax} that it moves at once`,
-        );
+      if (disk && blockSize % disk.blockSize !== 0)
+        throw wrong(`bs must be a multiple of the disk's blocks, of ${disk.blockSize} bytes`);
+      if (disk && blockSize > disk.transferMax)
+        throw wrong(`bs must be at most ${disk.transferMax}, which the disk moves at once`);
       const readOnly = device !== undefined && !device.overwrite;
       const parts = shares(workload.fio, cpus, diskBytes);
       if (parts.length === 0) throw wrong(`the disk, of ${diskBytes} bytes, is smaller than a block`);
