@@ -15,28 +15,20 @@ const PROGRAM = fileURLToPath(new URL("../../bin/coiommu.js", import.meta.url));
 const STRATEGIES = ["static", "coiommu"] as const;
 type Strategy = (typeof STRATEGIES)[number];
 
-export function creation(
-  device: string,
-  sizesMiB: readonly number[],
-  rounds: number,
-  say: (text: string) => void,
-): CreationCase[] {
-  return sizesMiB.map((memoryMiB) => {
-    say(`creating guests of ${memoryMiB} MiB`);
-    const found: Record<Strategy, RunResult["creation"][]> = { static: [], coiommu: [] };
-    for (let round = 0; round < rounds; round++)
-      for (const strategy of round % 2 ? STRATEGIES : STRATEGIES.toReversed())
-        found[strategy].push(created(device, memoryMiB, strategy));
-    const total = (strategy: Strategy) => found[strategy].map(({ toUserspaceMs }) => toUserspaceMs);
-    const pinMs = (strategy: Strategy) => spread(found[strategy].map((of) => of.pinMs));
-    return {
-      memoryMiB,
-      coiommu: spread(total("coiommu")),
-      static: spread(total("static")),
-      ratio: spread(total("static").map((ms, i) => ms / total("coiommu")[i]!)),
-      pinMs: { coiommu: pinMs("coiommu"), static: pinMs("static") },
-    };
-  });
+export function creation(device: string, memoryMiB: number, rounds: number): CreationCase {
+  const found: Record<Strategy, RunResult["creation"][]> = { static: [], coiommu: [] };
+  for (let round = 0; round < rounds; round++)
+    for (const strategy of round % 2 ? STRATEGIES : STRATEGIES.toReversed())
+      found[strategy].push(created(device, memoryMiB, strategy));
+  const total = (strategy: Strategy) => found[strategy].map(({ toUserspaceMs }) => toUserspaceMs);
+  const pinMs = (strategy: Strategy) => spread(found[strategy].map((of) => of.pinMs));
+  return {
+    memoryMiB,
+    coiommu: spread(total("coiommu")),
+    static: spread(total("static")),
+    ratio: spread(total("static").map((ms, i) => ms / total("coiommu")[i]!)),
+    pinMs: { coiommu: pinMs("coiommu"), static: pinMs("static") },
+  };
 }
 
 function created(device: string, memoryMiB: number, strategy: Strategy): RunResult["creation"] {
