@@ -22,7 +22,7 @@ export class Mappings {
 
   add(first: number, count: number, handle: number, hostAddress: number): number {
     const id = this.#free.pop() ?? this.#ids++;
-    if (id === this.first.length) this.#grow(id + 1);
+    if (id === this.first.length) this.#grow(2 * id);
     this.first[id] = first;
     this.count[id] = count;
     this.handle[id] = handle;
