@@ -166,10 +166,10 @@ const STATE = [
   ...(["pinRequests", "mapRequests", "unmapRequests", "kicks"] as const),
 ] as const;
 
-function openDisk({ device, pinner }: EmbeddedOptions): RealDisk | undefined {
+function openDisk({ device, pinner, memoryMiB }: EmbeddedOptions): RealDisk | undefined {
   if (!device) return undefined;
   invariant(pinner === "vfio" || pinner === "iommufd", "a real device needs the pinner of its IOMMU");
-  return new RealDisk(device, pinner);
+  return new RealDisk(device, pinner, memoryMiB);
 }
 
 /** The threads of one guest, and the memory that they share. */

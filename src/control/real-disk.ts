@@ -21,6 +21,9 @@ export interface RealDiskOptions {
   readonly kernel?: VfioKernel;
 }
 
+/** A guest needs some memory from address 0 on. */
+const LOW = 2 ** 26;
+
 /** The function, opened: it reaches what is pinned in `space`, and nothing else. */
 export class RealDisk {
   readonly space: DeviceSpace;
@@ -32,7 +35,7 @@ export class RealDisk {
   readonly #queues: DeviceSetup[] = [];
 
   /** Throws UserError, with what to do, where it cannot be had or is no NVMe controller. */
-  constructor({ bdf, kernel = linux }: RealDiskOptions, pinner: DevicePinnerName) {
+  constructor({ bdf, kernel = linux }: RealDiskOptions, pinner: DevicePinnerName, memoryMiB: number) {
     const name = formatBdf(bdf);
     const device = pinner === "vfio" ? VfioDevice.open(name, kernel) : IommufdDevice.open(name, kernel);
     this.#device = device;
@@ -46,7 +49,7 @@ export class RealDisk {
         throw new UserError(
           `${name}: this is no NVMe controller: its class is ${classCode.toString(16).padStart(6, "0")}h`,
         );
-      this.hole = holeOf(name, kernel);
+      this.hole = holeOf(name, memoryMiB * 2 ** 20, kernel);
       this.bar = device.function.mapBar(0);
     } catch (error) {
       device.close();
@@ -82,18 +85,21 @@ export class RealDisk {
   }
 }
 
-/** All that the IOMMU reserves, as one: of x86 that is 0xfee00000 to 0xfeefffff, where interrupts go. */
-function holeOf(name: string, kernel: VfioKernel): Hole | undefined {
-  const ranges = reservedRanges(name, kernel);
-  if (ranges.length === 0) return undefined;
-  const start = Math.floor(Math.min(...ranges.map((r) => r.start)) / FRAME_SIZE) * FRAME_SIZE;
-  const end = Math.ceil(Math.max(...ranges.map((r) => r.end)) / FRAME_SIZE) * FRAME_SIZE;
+/**
+ * What the IOMMU reserves of the addresses that `bytes` of RAM take from 0 on, as one: of x86 that is 0xfee00000 to
+ * 0xfeefffff, where interrupts go.
+ */
+function holeOf(name: string, bytes: number, kernel: VfioKernel): Hole | undefined {
+  let [start, end] = [bytes, bytes];
+  for (const range of reservedRanges(name, kernel).sort((a, b) => a.start - b.start)) {
+    if (range.start >= bytes + (end - start)) break;
+    if (start === end) start = Math.floor(range.start / FRAME_SIZE) * FRAME_SIZE;
+    end = Math.ceil(range.end / FRAME_SIZE) * FRAME_SIZE;
+  }
   if (start < LOW)
     throw new UserError(
       `${name}: its IOMMU reserves low addresses, from ${start} on, where a guest has RAM`,
       1,
     );
-  return { start, size: end - start };
+  return start < end ? { start, size: end - start } : undefined;
 }
-/** A guest needs some memory from address 0 on. */
-const LOW = 2 ** 26;

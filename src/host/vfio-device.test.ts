@@ -13,6 +13,7 @@ test("a function is opened, does DMA when it is told to, and ends before what ma
   assert.deepEqual([...kernel.files.values()], ["/dev/vfio/vfio", "/dev/vfio/2", "device"]);
   assert.equal(kernel.files.get(device.container), "/dev/vfio/vfio");
   assert.deepEqual([device.function.classCode, kernel.mastering], [0x010802, false]);
+  assert.equal(kernel.config[5]! & 4, 4, "INTx, which nobody would handle, is off");
   assert.deepEqual(device.function.mapBar(0), { address: 2 ** 30, size: 16_384 });
   device.function.startDma();
   device.function.stopDma();

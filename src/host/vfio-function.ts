@@ -1,5 +1,5 @@
 import { UserError } from "../base/errors.ts";
-import { PCI_COMMAND_MASTER, PCI_COMMAND_MEMORY, PciHeader } from "../wire/pci.ts";
+import { PCI_COMMAND_INTX_DISABLE, PCI_COMMAND_MASTER, PCI_COMMAND_MEMORY, PciHeader } from "../wire/pci.ts";
 import {
   VFIO_DEVICE_FLAGS_PCI,
   VFIO_DEVICE_FLAGS_RESET,
@@ -21,8 +21,8 @@ export interface MappedBar {
 
 /**
  * A PCI function that VFIO has given to this process, by whichever way: its configuration space, its BARs, its reset.
- * It decodes memory accesses as long as it is open, and does DMA only between startDma() and stopDma(). All methods
- * throw HostError.
+ * It decodes memory accesses as long as it is open, and does DMA only between startDma() and stopDma(). It interrupts
+ * nobody: it is polled. All methods throw HostError.
  */
 export class VfioFunction {
   /** As in "0000:00:06.0". */
@@ -48,7 +48,7 @@ export class VfioFunction {
       if (!(flags & VFIO_DEVICE_FLAGS_PCI)) throw new UserError(`${name}: this is no PCI function`);
       this.#canReset = (flags & VFIO_DEVICE_FLAGS_RESET) !== 0;
       this.#config = this.#region(VFIO_PCI_CONFIG_REGION_INDEX).offset;
-      this.#setCommand(PCI_COMMAND_MEMORY, PCI_COMMAND_MASTER);
+      this.#setCommand(PCI_COMMAND_MEMORY | PCI_COMMAND_INTX_DISABLE, PCI_COMMAND_MASTER);
     } catch (error) {
       kernel.close(fd);
       throw error;

@@ -4,6 +4,7 @@ import { bytes, le16, le32, le64bits, struct, u8 } from "./struct.ts";
 export const PCI_CONFIG_SIZE = 256;
 export const PCI_COMMAND_MEMORY = 0x2;
 export const PCI_COMMAND_MASTER = 0x4;
+export const PCI_COMMAND_INTX_DISABLE = 0x400;
 export const PCI_STATUS_CAP_LIST = 0x10;
 /** Bits of the command register that we implement: I/O, memory, bus master, INTx disable. */
 export const PCI_COMMAND_WRITABLE = 0x0407;

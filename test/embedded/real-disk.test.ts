@@ -9,6 +9,7 @@ import { Worker } from "node:worker_threads";
 import { type Bdf, milliseconds } from "../../src/base/units.ts";
 import { EmbeddedMachine } from "../../src/control/embedded.ts";
 import type { EmbeddedOptions } from "../../src/control/embedded-plan.ts";
+import { RealDisk } from "../../src/control/real-disk.ts";
 import type { RunResult } from "../../src/control/result.ts";
 import { run } from "../../src/control/run.ts";
 import { parseWorkload } from "../../src/control/workload.ts";
@@ -202,12 +203,27 @@ test("a guest of 4 GiB and more has its RAM around what the IOMMU reserves", asy
   assert.ok(kernel.mastering);
 });
 
+const RESERVED = "/sys/bus/pci/devices/0000:00:06.0/iommu_group/reserved_regions";
+const MSI = "0x00000000fee00000 0x00000000feefffff msi\n";
+for (const [memoryMiB, text, hole] of [
+  [4077, MSI, undefined],
+  [4079, MSI, { start: 0xfee0_0000, size: 0x10_0000 }],
+  // As an AMD's, which has one below 1 TiB too; and two of which RAM behind the first would meet the second.
+  [8192, `0x000000fd00000000 0x000000ffffffffff reserved\n${MSI}`, { start: 0xfee0_0000, size: 0x10_0000 }],
+  [4079, `${MSI}0x00000000fef00000 0x0000000100000123 reserved\n`, { start: 0xfee0_0000, size: 0x120_1000 }],
+  [4079, "", undefined],
+] as const)
+  test(`${memoryMiB} MiB of RAM where the IOMMU reserves "${text.trim().replace("\n", ", ")}"`, () => {
+    const kernel = new KernelWithMemory();
+    kernel.texts = { [RESERVED]: text };
+    const disk = new RealDisk({ bdf: 0x30 as Bdf, overwrite: false, kernel }, "vfio", memoryMiB);
+    assert.deepEqual(disk.hole, hole);
+    disk.close();
+  });
+
 test("an IOMMU that reserves low addresses is refused in one sentence", async () => {
   const { kernel, options } = setup({});
-  kernel.texts = {
-    "/sys/bus/pci/devices/0000:00:06.0/iommu_group/reserved_regions":
-      "0x0000000000000000 0x0000000000ffffff direct\n",
-  };
+  kernel.texts = { [RESERVED]: "0x0000000000000000 0x0000000000ffffff direct\n" };
   await assert.rejects(EmbeddedMachine.start(options), { message: /reserves low addresses/ });
   assert.equal(kernel.files.size, 0);
 });

@@ -27,9 +27,8 @@ export class OwnedRam {
     const size = memoryMiB * 2 ** 20;
     try {
       this.#mapping = pinned ? new SharedMapping(size) : undefined;
-      const inside = hole && hole.start < size && { hole };
       this.ram = this.#mapping
-        ? { address: this.#mapping.address, size, ...inside }
+        ? { address: this.#mapping.address, size, ...(hole && { hole }) }
         : new SharedArrayBuffer(size);
     } catch (error) {
       if (!(error instanceof RangeError || error instanceof HostError)) throw error;
