@@ -8,7 +8,13 @@
  */
 import { type Random, random } from "../../src/base/random.ts";
 import { FRAME_SIZE, type Gpa } from "../../src/base/units.ts";
-import type { DmaBuffer, DmaDirection, DmaSegment } from "../../src/driver/dma-api.ts";
+import {
+  type DmaBuffer,
+  type DmaDirection,
+  DmaMapFailed,
+  type DmaSegment,
+} from "../../src/driver/dma-api.ts";
+import { VIRTIO_IOMMU_S_NOMEM } from "../../src/wire/virtio-iommu.ts";
 import { BLOCK, DISK_BLOCKS, type Piece, Shadow } from "./shadow.ts";
 import { twins } from "./twins.ts";
 import { DATA_FRAMES, dataFrame, World } from "./world.ts";
@@ -27,8 +33,10 @@ export interface FuzzReport {
   /** The first of them, in words. */
   readonly first: readonly string[];
   readonly blocked: readonly Blocked[];
-  /** DMA that went through where the guest had not mapped: to pages that the host keeps for their block's sake. */
+  /** Pieces that went through where the guest had mapped nothing: not unpinned yet, or kept for their block's sake. */
   readonly spare: number;
+  /** Mappings that the host had no room for. */
+  readonly refused: number;
   readonly maps: number;
   readonly unmaps: number;
 }
@@ -64,6 +72,7 @@ class Fuzz {
   readonly #first: string[] = [];
   readonly #blocked: Blocked[] = [];
   #spare = 0;
+  #refused = 0;
   #step = 0;
 
   constructor(world: World, seed: number) {
@@ -86,7 +95,13 @@ class Fuzz {
     }
     this.#end();
     const { maps, unmaps } = this.#world.mapped;
-    const counted = { steps: this.#steps, mistakes: this.#mistakes, first: this.#first, spare: this.#spare };
+    const counted = {
+      steps: this.#steps,
+      mistakes: this.#mistakes,
+      first: this.#first,
+      spare: this.#spare,
+      refused: this.#refused,
+    };
     return { ...counted, blocked: this.#blocked, maps, unmaps };
   }
 
@@ -94,12 +109,24 @@ class Fuzz {
     if (this.#live.length === LIVE_MAX) this.unmap();
     const buffers = this.#buffers(1 + this.#next(6));
     const direction = DIRECTIONS[this.#next(3)]!;
-    const segments = this.#world.dma.mapSg(buffers, direction);
+    const segments = this.#tryMap(buffers, direction);
+    if (!segments) return;
     this.#live.push({ buffers, segments, direction });
     this.#count(buffers, 1);
     for (const { gpa } of buffers)
       if (!this.#world.mapped.has(gfnOf(gpa)))
         this.#wrong("unreachable", `frame ${gfnOf(gpa)} is mapped for the guest`);
+  }
+
+  /** Undefined: the host has no room. */
+  #tryMap(buffers: readonly DmaBuffer[], direction: DmaDirection): DmaSegment[] | undefined {
+    try {
+      return this.#world.dma.mapSg(buffers, direction);
+    } catch (error) {
+      if (!(error instanceof DmaMapFailed) || error.status !== VIRTIO_IOMMU_S_NOMEM) throw error;
+      this.#refused++;
+      return undefined;
+    }
   }
 
   unmap(): void {
@@ -135,6 +162,10 @@ class Fuzz {
     const kind = this.#kind();
     const pieces = buffers.map(({ gpa }) => ({ address: gpa, length: FRAME_SIZE }));
     if (kind === "write") for (const piece of pieces) this.#shadow.fill({ ...piece, length: 64 });
+    // A driver would wait for room: so there is some.
+    const segments = this.#tryMap(buffers, "bidirectional");
+    if (!segments) return;
+    this.#world.dma.unmapSg(segments, "bidirectional");
     const status = this.#world.request({ kind, block, buffers });
     if (status !== 0) this.#wrong("status", `${status.toString(16)} for a request`);
     this.#moved(kind, pieces, block);
@@ -155,11 +186,12 @@ class Fuzz {
     if (kind === "write") for (const piece of pieces) this.#shadow.fill({ ...piece, length: 64 });
     const [first, second] = pieces as [Piece, Piece?];
     const status = this.#world.dmaTo(kind, block, pieces.length, first.address, second?.address);
-    const blocked = pieces.filter((piece) => !this.#reaches(piece));
+    const reached = new Set(pieces.filter((piece) => this.#reaches(piece)));
+    const blocked = pieces.filter((piece) => !reached.has(piece));
     if (blocked.length > 0) this.#blocked.push({ write: kind === "read", pieces: blocked });
     else if (status !== 0) this.#wrong("status", `${status.toString(16)} for DMA to mapped memory`);
     pieces.forEach((piece, i) => {
-      if (this.#reaches(piece)) this.#moved(kind, [piece], block + i);
+      if (reached.has(piece)) this.#moved(kind, [piece], block + i);
       else if (kind === "write") this.#leaked(piece, block + i);
     });
     this.#check(pieces);
@@ -276,5 +308,6 @@ const gfnOf = (address: number): number => Math.floor(address / FRAME_SIZE);
 const where = ({ address, length }: Piece): string => `${length} bytes at 0x${address.toString(16)}`;
 
 const [bdf, seed, steps, twin] = process.argv.slice(2);
-using world = new World({ bdf: bdf!, ...(twin && twins[twin]!()) });
+const world = new World({ bdf: bdf!, ...(twin && twins[twin]!()) });
 console.log(JSON.stringify(new Fuzz(world, Number(seed)).run(Number(steps))));
+world.close();

@@ -2,17 +2,16 @@
 import assert from "node:assert/strict";
 import test, { after, before } from "node:test";
 import { CHECKOUT } from "./guest.ts";
-import { NVME, VfioMachine } from "./machine.ts";
+import { ENTRY_LIMIT, NVME, VfioMachine } from "./machine.ts";
 
 const ENTRIES = 64;
-const LIMIT = "/sys/module/vfio_iommu_type1/parameters/dma_entry_limit";
 
 let machine: VfioMachine;
 
 before(async () => {
   machine = await VfioMachine.boot({}, console.log);
   await machine.bind(NVME);
-  await machine.run(`echo ${ENTRIES} >${LIMIT}`);
+  await machine.run(`echo ${ENTRIES} >${ENTRY_LIMIT}`);
 });
 after(() => machine?.close());
 

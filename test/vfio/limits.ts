@@ -103,7 +103,7 @@ const cases: Record<string, () => unknown> = {
 
   /** The same limit, and a guest that maps all its memory page by page, in whatever order. */
   guest() {
-    using world = new World({ bdf });
+    const world = new World({ bdf });
     const mapped: number[] = [];
     // 5 has no divisor in common with the number of frames.
     for (let i = 0; i < 2 * DATA_FRAMES; i++)
@@ -115,9 +115,11 @@ const cases: Record<string, () => unknown> = {
         if (!(error instanceof DmaMapFailed)) throw error;
       }
     const { pinsNow, pinsMax } = world.pinner;
+    const pinned = world.mapped.size;
     const unreachable = mapped.filter((gfn) => !world.mapped.has(gfn)).length;
+    world.close();
     const refused = 2 * DATA_FRAMES - mapped.length;
-    return { frames: 2 * DATA_FRAMES, refused, unreachable, pinned: world.mapped.size, pinsNow, pinsMax };
+    return { frames: 2 * DATA_FRAMES, refused, unreachable, pinned, pinsNow, pinsMax };
   },
 
   /** With a memlock limit of 64 KiB; at first as root, who need not keep to it. */

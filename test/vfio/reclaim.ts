@@ -12,10 +12,10 @@ import { DATA_FRAMES, dataFrame, World } from "./world.ts";
 const CGROUP = "/sys/fs/cgroup/guest";
 /** One frame of so many stays mapped, and as many were. */
 const MAPPED_OF = 8;
-const TRIES = 20;
+const TRIES = 8;
 
 const [bdf, strategy] = process.argv.slice(2) as [string, "static" | "coiommu"];
-using world = new World({ bdf, strategy });
+const world = new World({ bdf, strategy });
 const shadow = new Shadow(world, random(1));
 const frames = Array.from({ length: 2 * DATA_FRAMES }, (_, i) => dataFrame(i) as Gfn);
 for (const gfn of frames) shadow.fill({ address: gpaOf(gfn), length: 64 });
@@ -67,3 +67,4 @@ const counts = {
   ramFrames: world.memory.size / FRAME_SIZE,
 };
 console.log(JSON.stringify({ ...counts, before, after, lockedWithIdle, locked, dmaErrors, wrongFrames }));
+world.close();

@@ -70,7 +70,7 @@ export interface WorldOptions {
   readonly openTable?: NonNullable<TrackerOptions["openTable"]>;
 }
 
-export class World implements Disposable {
+export class World {
   readonly mapped = new MappedFrames();
   readonly clock = new FakeClock();
   readonly memory: GuestMemory;
@@ -188,7 +188,8 @@ export class World implements Disposable {
     while (this.tracker.slice());
   }
 
-  [Symbol.dispose](): void {
+  /** In order; a program that fails ends without. */
+  close(): void {
     this.#controller.deleteQueue(1);
     this.#controller.deleteQueue(2);
     this.#queue.close();
