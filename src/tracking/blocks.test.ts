@@ -3,7 +3,7 @@ import assert from "node:assert/strict";
 import test from "node:test";
 import { addressOf, HOST_BASE, ramRegion } from "../../test/support/guest.ts";
 import { active, idle, type Machine, type MachineOptions, RAM_FRAMES } from "../../test/support/machine.ts";
-import { FakeIommu } from "../../test/support/pinner.ts";
+import { FakeIommuPinner } from "../../test/support/pinner.ts";
 import type { HostError } from "../base/errors.ts";
 import { random } from "../base/random.ts";
 import type { Gfn, Gpa } from "../base/units.ts";
@@ -18,21 +18,21 @@ import { BLOCK_FRAMES } from "./block.ts";
 const INFINITY = Number.POSITIVE_INFINITY;
 const frames = (first: number, count: number) => Array.from({ length: count }, (_, i) => first + i);
 
-const behindIommu = (options: MachineOptions = {}): Machine<FakeIommu> =>
-  active({ ...options, pinner: new FakeIommu() });
+const behindIommu = (options: MachineOptions = {}): Machine<FakeIommuPinner> =>
+  active({ ...options, pinner: new FakeIommuPinner() });
 
 /** First frame and length of each mapping, ascending. */
-const runs = ({ pinner }: Machine<FakeIommu>) =>
+const runs = ({ pinner }: Machine<FakeIommuPinner>) =>
   [...pinner.mappings.values()]
     .map((gfns) => [Math.min(...gfns), gfns.length] as const)
     .sort(([a], [b]) => a - b);
 
-const passes = (m: Machine<FakeIommu>, count = 2) => {
+const passes = (m: Machine<FakeIommuPinner>, count = 2) => {
   for (let i = 0; i < count; i++) m.pass();
 };
 
 /** Force-unpin, slice by slice. */
-function unpinNow(m: Machine<FakeIommu>, first = 0, end = INFINITY, discarded = false) {
+function unpinNow(m: Machine<FakeIommuPinner>, first = 0, end = INFINITY, discarded = false) {
   const stayed: Gfn[] = [];
   for (let from: number | null = 0; from !== null; ) {
     const slice: ReturnType<typeof m.tracker.unpinIdle> = m.tracker.unpinIdle({
@@ -48,7 +48,7 @@ function unpinNow(m: Machine<FakeIommu>, first = 0, end = INFINITY, discarded = 
 }
 
 /** No frame has memory that the guest has not used. */
-const untouched = (m: Machine<FakeIommu>) => {
+const untouched = (m: Machine<FakeIommuPinner>) => {
   for (let gfn = 0; gfn < RAM_FRAMES; gfn++) m.pinner.holes.add(addressOf(gfn));
 };
 
@@ -149,6 +149,32 @@ test("pages that nobody needs count against the quota, and grow within half of w
   assert.deepEqual([runs(m)[2], m.tracker.pinned], [[8, 1], 9], "7 more are too many");
   assert.equal(m.map(...frames(20, 4)), NOMEM);
   assert.equal(m.map(...frames(5, 3)), OK);
+});
+
+test("a mapping that would grow beyond half of what the quota leaves does not grow", () => {
+  const growth = (quota: number) => {
+    const m = behindIommu({ quota });
+    m.map(...frames(0, 8));
+    m.map(8);
+    return runs(m)[1];
+  };
+  assert.deepEqual(
+    [growth(8 + 1 + 14), growth(8 + 1 + 13)],
+    [
+      [8, 8],
+      [8, 1],
+    ],
+  );
+});
+
+test("frames that come together, with nobody hot beside them, take no others along", () => {
+  const m = behindIommu();
+  m.map(100);
+  m.map(...frames(0, 10));
+  assert.deepEqual(runs(m), [
+    [0, 10],
+    [100, 1],
+  ]);
 });
 
 test("with more than half of the mappings taken, the others are made to suffice for all that is left", () => {
@@ -308,24 +334,23 @@ test("pins of an earlier backend are taken over, mapping by mapping", () => {
 
 test("where what it would grow by cannot be pinned, it does not grow", () => {
   const m = behindIommu();
-  m.map(0, 1, 2);
-  m.pinner.pagesMax = 4;
-  m.unmap(0);
-  m.map(4);
+  m.map(0, 1, 2, 3);
+  m.pinner.pagesMax = 5;
+  assert.equal(m.map(4), OK);
   assert.deepEqual(
     [runs(m), m.tracker.pinned],
     [
       [
-        [0, 3],
+        [0, 4],
         [4, 1],
       ],
-      4,
+      5,
     ],
   );
 });
 
 /** Random maps, unmaps and passes; what the guest has mapped must be reachable at every moment. */
-function play(seed: number, steps: number, m: Machine<FakeIommu>): void {
+function play(seed: number, steps: number, m: Machine<FakeIommuPinner>): void {
   const below = random(seed);
   const live = new Map<number, number>();
   const check = (what: string) => {

@@ -98,7 +98,7 @@ export class FakePinner implements Pinner {
 }
 
 /** A host behind an IOMMU, as VFIO's type 1: a page has one mapping, which goes as a whole, and their number is limited. */
-export class FakeIommu extends FakePinner {
+export class FakeIommuPinner extends FakePinner {
   readonly mapsOnce = true;
   pinsMax = 65_535;
   /** Handle -> frames that the mapping has. */
