@@ -3,7 +3,7 @@
  * alone, and the bare ioctls in C, on the same container and the same pages, alternating.
  */
 import koffi from "koffi";
-import { type Gfn, type Gpa, gpaOf, type Nanoseconds } from "../../src/base/units.ts";
+import type { Gfn, Gpa, Nanoseconds } from "../../src/base/units.ts";
 import { monotonicClock } from "../../src/host/clock.ts";
 import { createMemfd, FdMapper } from "../../src/host/mapping.ts";
 import { VfioPinner } from "../../src/host/vfio-pinner.ts";
@@ -159,5 +159,3 @@ function checked(time: number): number {
   if (time < 0) throw new Error("the C loop was refused");
   return time;
 }
-
-export const gpaAt = (gfn: number): number => gpaOf(gfn as Gfn);

@@ -9,7 +9,7 @@ import {
   VFIO_DEVICE_ATTACH_IOMMUFD_PT,
   VFIO_DEVICE_BIND_IOMMUFD,
 } from "../wire/iommufd.ts";
-import { checked, FUNCTIONS, groupOf, opened, type Refusal } from "./vfio-device.ts";
+import { checked, FUNCTIONS, groupOf, isForbidden, opened, type Refusal } from "./vfio-device.ts";
 import { VfioFunction } from "./vfio-function.ts";
 import { linux, type VfioKernel } from "./vfio-kernel.ts";
 
@@ -93,7 +93,6 @@ export class IommufdDevice {
   }
 }
 
-const isForbidden = (errno: string) => errno === "EACCES" || errno === "EPERM";
 const notAllowed = (path: string) =>
   `this user may not use ${path}; sudo chown $USER ${path}, or run as root`;
 

@@ -86,8 +86,7 @@ export class SharedMapping {
 
   /** No thread has a view any more. */
   close(): void {
-    // SAFETY: the range is one that mmap returned, and the caller says that nobody uses it.
-    systemCall("munmap", () => libc.munmap(BigInt(this.address), this.size));
+    unmap(this.address, this.size);
   }
 }
 
@@ -97,11 +96,21 @@ function mapWhole(fd: number, size: number, present: PresentMappings | undefined
   return { address, size, buffer: viewOf(address, size), presentAddress };
 }
 
-function map(fd: number, size: number, flags: number): bigint {
+/** `size` bytes of a file from `offset` on, for reading and writing, as others see them. Throws HostError. */
+export const mapShared = (fd: number, size: number, offset: number): number =>
+  Number(map(fd, size, MAP_SHARED, offset));
+
+function map(fd: number, size: number, flags: number, offset = 0): bigint {
   // SAFETY: the kernel chooses the place.
-  const address = libc.mmap(null, size, PROT_READ_WRITE, flags, fd, 0);
+  const address = libc.mmap(null, size, PROT_READ_WRITE, flags, fd, offset);
   if (address === MAP_FAILED) throw new HostError("mmap", lastErrno(), `${size} bytes`);
   return address;
+}
+
+/** The caller says that nobody uses the range any more. */
+export function unmap(address: number, size: number): void {
+  // SAFETY: the range is one that mmap returned.
+  systemCall("munmap", () => libc.munmap(BigInt(address), size));
 }
 
 /** An unnamed file in memory, as QEMU's memory-backend-memfd makes them. The caller closes it. */

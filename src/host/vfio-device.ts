@@ -89,6 +89,8 @@ export class VfioDevice {
   }
 }
 
+export const isForbidden = (errno: string): boolean => errno === "EACCES" || errno === "EPERM";
+
 /** Number of the function's group, as text, once all that does not need VFIO is as it must be. */
 export function groupOf(bdf: string, kernel: VfioKernel, refusal: Refusal): string {
   const at = `${FUNCTIONS}/${bdf}`;
@@ -127,7 +129,7 @@ function openContainer(kernel: VfioKernel, refusal: Refusal): number {
 function openGroup(bdf: string, group: string, kernel: VfioKernel, refusal: Refusal): number {
   const path = `/dev/vfio/${group}`;
   const fd = opened(kernel, path, (errno) => {
-    if (errno === "EACCES" || errno === "EPERM")
+    if (isForbidden(errno))
       return refusal(`this user may not use it; sudo chown $USER ${path}, or run as root`);
     if (errno === "EBUSY") return refusal(`another process has it, or its group ${group}; end that first`);
     return refusal(`VFIO has no IOMMU for it: ${path}: ${errno}`);

@@ -2,7 +2,7 @@ import fs from "node:fs";
 import { basename } from "node:path";
 import { HostError } from "../base/errors.ts";
 import { ioctl } from "./ioctl.ts";
-import { lastErrno, libc, MAP_FAILED, systemCall } from "./libc.ts";
+import { mapShared, unmap } from "./mapping.ts";
 
 /** What VFIO is used by: a kernel's files and calls. Numbers and layouts are those of wire/vfio.ts. */
 export interface VfioKernel {
@@ -23,9 +23,6 @@ export interface VfioKernel {
   map(fd: number, size: number, offset: number): number;
   unmap(address: number, size: number): void;
 }
-
-const PROT_READ_WRITE = 3;
-const MAP_SHARED = 1;
 
 /** What Node says of a system call, as HostError. */
 function asHostError<T>(syscall: string, detail: string, call: () => T): T {
@@ -64,14 +61,6 @@ export const linux: VfioKernel = {
     const done = asHostError("pwrite", `fd ${fd}`, () => fs.writeSync(fd, from, 0, from.length, offset));
     if (done !== from.length) throw new HostError("pwrite", "EIO", `${done} of ${from.length} bytes`);
   },
-  map(fd, size, offset) {
-    // SAFETY: the kernel chooses the place.
-    const address = libc.mmap(null, size, PROT_READ_WRITE, MAP_SHARED, fd, offset);
-    if (address === MAP_FAILED) throw new HostError("mmap", lastErrno(), `${size} bytes`);
-    return Number(address);
-  },
-  unmap(address, size) {
-    // SAFETY: the range is one that map() returned; the caller says that nobody uses it.
-    systemCall("munmap", () => libc.munmap(BigInt(address), size));
-  },
+  map: mapShared,
+  unmap,
 };

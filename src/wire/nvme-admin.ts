@@ -2,6 +2,7 @@
  * NVMe, what a controller is brought up with: NVM Express Base Specification 2.0 ("Base"), NVM Command Set Specification
  * 1.0 ("NVM"), NVMe over PCIe Transport Specification 1.0 ("PCIe"). Names as there.
  */
+import { SQE_HEAD } from "./nvme.ts";
 import { bytes, le16, le32, le64, struct, u8 } from "./struct.ts";
 
 /** PCI class, subclass and programming interface: PCI Code and ID Assignment, an NVM Express I/O controller. */
@@ -64,15 +65,7 @@ export const nvmeDoorbell = (queue: number, stride: number): number => 0x1000 + 
 
 /** A submission queue entry with its command dwords unnamed: Base, section 3.3.3.1. */
 export const NvmeAdminCommand = struct("nvme_admin_sqe", 64, {
-  opcode: u8(0),
-  flags: u8(1),
-  cid: le16(2),
-  nsid: le32(4),
-  cdw2: le32(8),
-  cdw3: le32(12),
-  mptr: le64(16),
-  prp1: le64(24),
-  prp2: le64(32),
+  ...SQE_HEAD,
   cdw10: le32(40),
   cdw11: le32(44),
   cdw12: le32(48),

@@ -4,8 +4,8 @@
  */
 import { le16, le32, le64, struct, u8 } from "./struct.ts";
 
-/** Base, section 3.3.3.1 "Submission Queue Entry"; from slba on as in Read and Write, NVM section 3.2. */
-export const NvmeCommand = struct("nvme_sqe", 64, {
+/** What every submission queue entry begins with: Base, section 3.3.3.1 "Submission Queue Entry". */
+export const SQE_HEAD = {
   opcode: u8(0),
   /** Bits 1:0 FUSE, bits 7:6 PSDT. */
   flags: u8(1),
@@ -16,6 +16,11 @@ export const NvmeCommand = struct("nvme_sqe", 64, {
   mptr: le64(16),
   prp1: le64(24),
   prp2: le64(32),
+} as const;
+
+/** As in Read and Write from slba on, NVM section 3.2. */
+export const NvmeCommand = struct("nvme_sqe", 64, {
+  ...SQE_HEAD,
   slba: le64(40),
   /** 0's based. */
   nlb: le16(48),
