@@ -196,7 +196,7 @@ export class NvmeController {
     const over = () => {
       status = this.#get("csts");
       finished = status !== GONE && done();
-      return finished || status === GONE || (status & wire.NVME_CSTS_FATAL) !== 0;
+      return finished || (status & wire.NVME_CSTS_FATAL) !== 0; // GONE has that bit too
     };
     const inTime = this.#options.cpu.waitFor(over, limit);
     if (finished) return;

@@ -3,7 +3,12 @@ import assert from "node:assert/strict";
 import test from "node:test";
 import { FakeIommufd } from "../../test/support/fake-iommu.ts";
 import { InvariantViolation } from "../base/errors.ts";
+import { IoUringPinner } from "./io-uring-pinner.ts";
 import { IommufdPinner } from "./iommufd-pinner.ts";
+import { createMemfd, FdMapper } from "./mapping.ts";
+
+// In CI a missing real part fails.
+const skip = process.env.CI ? false : (IoUringPinner.unavailable() ?? false);
 
 const PAGE = 4096;
 const BASE = 0x7f12_3456_7000;
@@ -117,4 +122,16 @@ test("an address space whose pages are larger, or that is not there, is refused 
   assert.throws(() => setUp({ alignment: 65536 }), { errno: "EINVAL" });
   const { fd, ioctl } = new FakeIommufd();
   assert.throws(() => new IommufdPinner({ iommufd: fd, ioas: 6, ioctl }), { errno: "ENOENT" });
+});
+
+test("what the process had pinned before is not counted", { skip }, (t) => {
+  const mapper = new FdMapper();
+  const before = new IoUringPinner();
+  t.after(() => {
+    before.close();
+    mapper.close();
+  });
+  const { hostAddress } = mapper.map(createMemfd("pins", 5 * PAGE), 0, 5 * PAGE);
+  before.pinExtent(hostAddress, 5 * PAGE);
+  assert.deepEqual([before.kernelPinnedPages(), setUp().pinner.kernelPinnedPages()], [5, 0]);
 });
