@@ -18,6 +18,8 @@ const PAGE = 4096;
 const FRAMES = 1024;
 /** Frames of an unpin slice. */
 const SLICE = 256;
+/** Rounds after which nothing is compiled any more: an emulated CPU is slow at that, too. */
+const WARM_UP = 20;
 
 /** `frames` with each request, `stride` apart: neighbours are one mapping. */
 const CASES = [
@@ -67,7 +69,7 @@ export function pinsAgainstC(container: number, library: string, rounds: number)
     const region = { gpa: 0 as Gpa, size, ...mapper.map(createMemfd("coiommu-bench", size), 0, size) };
     region.bytes.fill(1); // its pages are there
     const pins = pinsOf([region], 2 * FRAMES, pinner);
-    return CASES.map(({ what, frames, stride }) => {
+    const cases = CASES.map(({ what, frames, stride }) => {
       const { hostAddress } = region;
       const mapped = stride === 1 ? frames : 1;
       const [bytes, apart, count] = [mapped * PAGE, mapped * stride * PAGE, FRAMES / mapped];
@@ -89,6 +91,11 @@ export function pinsAgainstC(container: number, library: string, rounds: number)
           unpin: () => timed(() => unpin(pins, all)),
         },
       };
+      return { what, ways };
+    });
+    for (let i = 0; i < WARM_UP; i++)
+      for (const { ways } of cases) for (const way of Object.values(ways)) figure(way, "pin");
+    return cases.map(({ what, ways }) => {
       const measure = (what: "pin" | "unpin") =>
         compare(rounds, {
           c: () => figure(ways.c, what),

@@ -2,7 +2,8 @@ import { InvariantViolation } from "./errors.ts";
 import type { Gfn } from "./units.ts";
 
 const MULTIPLIER = 0x9e37_79b1; // 2^32 / golden ratio: consecutive GFNs spread over the table
-const hash = (gfn: number) => Math.imul((gfn % 2 ** 32) ^ Math.floor(gfn / 2 ** 32), MULTIPLIER);
+/** Of the low 32 bits. */
+const hash = (gfn: number) => Math.imul(gfn, MULTIPLIER);
 
 /**
  * GFN -> dense, stable id, for structures of arrays: a set of frames that costs 16 bytes per frame held and nothing
@@ -59,7 +60,7 @@ export class FrameIndex {
       if (id >= this.#gfns.length) this.#grow();
     }
     this.#gfns[id] = gfn;
-    this.#place(id);
+    this.#place(id, gfn);
     this.#size++;
     return id;
   }
@@ -105,9 +106,8 @@ export class FrameIndex {
     for (let id = 0; id < this.#fresh; id++) if (this.#gfns[id]! >= 0) yield this.#gfns[id]! as Gfn;
   }
 
-  #place(id: number): void {
+  #place(id: number, gfn: number): void {
     const mask = this.#table.length - 1;
-    const gfn = this.#gfns[id]!;
     for (let at = hash(gfn) >>> this.#shift; ; at = (at + 1) & mask) {
       const other = this.#table[at]! - 1;
       if (other < 0) {
@@ -121,7 +121,7 @@ export class FrameIndex {
   #rehash(): void {
     this.#table = new Int32Array(this.#table.length * 2);
     this.#shift--;
-    for (let id = 0; id < this.#fresh; id++) if (this.#gfns[id]! >= 0) this.#place(id);
+    for (let id = 0; id < this.#fresh; id++) if (this.#gfns[id]! >= 0) this.#place(id, this.#gfns[id]!);
   }
 
   #grow(): void {

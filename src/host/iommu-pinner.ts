@@ -7,8 +7,11 @@ import { StatusField } from "./process-status.ts";
 
 const PAGE_SIZE = 4096;
 const EXTENT_MAX = 2 ** 30;
-/** Handles are frame numbers: guests of up to 8 TiB. */
+/** Handles are frame numbers, 31 bits: guests of up to 8 TiB. Integers of a CPU, and so are lengths in pages. */
 const HANDLE_LIMIT = 2 ** 31;
+
+/** Where the kernel does not say what can be mapped. */
+const ALL = Float64Array.of(0, Number.POSITIVE_INFINITY);
 
 /** What the kernel says of the addresses of an IOMMU's domain. */
 export interface IovaLimits {
@@ -30,10 +33,10 @@ export interface IovaSpace {
   /** What limits the number of mappings, for errors. */
   readonly roomIs?: string;
   limits(): IovaLimits;
-  /** Pin whole pages of this process, and let devices read and write them. */
-  map(address: number, iova: number, length: number): void;
-  /** Unmap whole mappings; how many bytes they had. */
-  unmap(iova: number, length: number): number;
+  /** Pin pages of this process, up to 1 GiB, and let devices read and write them at the IOVA of a frame (< 2^31). */
+  map(address: number, gfn: number, pages: number): void;
+  /** Unmap the mappings that lie in `pages` (< 2^31) from a frame on, all of each; how many bytes they had. */
+  unmap(gfn: number, pages: number): number;
   /** Unmap all at once, or undefined where the kernel has no such call; how many bytes they had. */
   unmapAll(): number | undefined;
 }
@@ -50,11 +53,14 @@ export class IommuPinner implements Pinner {
   readonly pinsMax: number | undefined;
   readonly #space: IovaSpace;
   #ranges: Float64Array | undefined;
+  /** Start and last byte of the range that was used last. */
+  #start = 0;
+  #last = -1;
   /** Mappings that there may be. */
   #room: number | undefined;
-  /** The first frame of each mapping, and by its id how many bytes that has. */
+  /** The first frame of each mapping, and by its id how many pages that has. */
   readonly #first = new FrameIndex();
-  #lengths = new Uint32Array(16);
+  #pages = new Int32Array(16);
   readonly #counted: StatusField;
   readonly #countedBefore: number;
 
@@ -86,12 +92,14 @@ export class IommuPinner implements Pinner {
     gpas?: Float64Array,
   ): void {
     invariant(gpas !== undefined, "an IOMMU maps pages at their GPAs");
-    for (let i = 0; i < count; i++) this.#check(gpas[i]!, lengths?.[i] ?? PAGE_SIZE);
+    for (let i = 0; i < count; i++) this.#check(gpas[i]!, lengths === undefined ? PAGE_SIZE : lengths[i]!);
     this.#checkRoom(count);
     let done = 0;
     try {
-      for (; done < count; done++)
-        handles[done] = this.#map(addresses[done]!, gpas[done]!, lengths?.[done] ?? PAGE_SIZE);
+      for (; done < count; done++) {
+        const pages = lengths === undefined ? 1 : lengths[done]! / PAGE_SIZE;
+        handles[done] = this.#map(addresses[done]!, gpas[done]! / PAGE_SIZE, pages);
+      }
     } catch (error) {
       const released = this.release(handles, done);
       invariant(released === done, `the kernel kept ${done - released} mappings of a failed request`);
@@ -102,25 +110,29 @@ export class IommuPinner implements Pinner {
   pinExtent(address: number, length: number, gpa: number): number {
     this.#check(gpa, length);
     this.#checkRoom(1);
-    return this.#map(address, gpa, length);
+    return this.#map(address, gpa / PAGE_SIZE, length / PAGE_SIZE);
   }
 
-  /** Neighbours that follow each other in `handles` go with one call. */
-  release(handles: Int32Array, count: number): number {
+  /** What is adjoining, and follows each other in `handles`, goes with one call. */
+  release(handles: Int32Array, count: number, adjoins?: Uint8Array): number {
     let released = 0;
     while (released < count) {
       const first = handles[released]!;
-      let end = released;
-      let length = 0;
-      do length += this.#lengthOf(handles[end++]!);
-      while (end < count && handles[end] === first + length / PAGE_SIZE);
+      let end = first + this.#pagesOf(first);
+      let pages = end - first;
+      let next = released + 1;
+      for (; next < count && (handles[next] === end || adjoins?.[next] === 1); next++) {
+        const more = this.#pagesOf(handles[next]!);
+        end = handles[next]! + more;
+        pages += more;
+      }
       try {
-        this.#unmapped(this.#space.unmap(first * PAGE_SIZE, length), length);
+        this.#unmapped(this.#space.unmap(first, end - first), pages);
       } catch (error) {
         if (!(error instanceof HostError)) throw error;
         break;
       }
-      for (; released < end; released++) this.#first.remove(handles[released]!);
+      for (; released < next; released++) this.#first.remove(handles[released]!);
     }
     return released;
   }
@@ -147,41 +159,41 @@ export class IommuPinner implements Pinner {
   #look(): number {
     const { ranges, room, smallestPage } = this.#space.limits();
     this.#ranges = ranges;
+    this.#last = -1;
     this.#room = room === undefined ? undefined : room + this.#first.size;
     return smallestPage;
   }
 
-  #map(address: number, gpa: number, length: number): number {
+  #map(address: number, gfn: number, pages: number): number {
     try {
-      this.#space.map(address, gpa, length);
+      this.#space.map(address, gfn, pages);
     } catch (error) {
-      if (error instanceof HostError) throw this.#refused(error.errno, address, gpa, length);
+      if (error instanceof HostError) throw this.#refused(error.errno, address, gfn, pages);
       throw error;
     }
-    const gfn = gpa / PAGE_SIZE;
     const id = this.#first.insert(gfn);
-    this.#lengths = grown(this.#lengths, this.#first.capacity);
-    this.#lengths[id] = length;
+    if (id >= this.#pages.length) this.#pages = grown(this.#pages, this.#first.capacity);
+    this.#pages[id] = pages;
     return gfn;
   }
 
   /** Throws InvariantViolation for what is no mapping. */
-  #lengthOf(handle: number): number {
+  #pagesOf(handle: number): number {
     const id = this.#first.find(handle);
     if (id < 0) throw new InvariantViolation(`handle ${handle} is not pinned`);
-    return this.#lengths[id]!;
+    return this.#pages[id]!;
   }
 
-  #unmapped(bytes: number, expected: number): void {
-    if (bytes !== expected)
-      throw new InvariantViolation(`the kernel unmapped ${bytes} bytes, where ${expected} were mapped`);
+  #unmapped(bytes: number, pages: number): void {
+    if (bytes !== pages * PAGE_SIZE)
+      throw new InvariantViolation(`the kernel unmapped ${bytes} bytes, where ${pages} pages were mapped`);
   }
 
   #unmapAll(): void {
     const handles = Int32Array.from(this.#first).sort();
-    const length = handles.reduce((sum, handle) => sum + this.#lengthOf(handle), 0);
+    const pages = handles.reduce((sum, handle) => sum + this.#pagesOf(handle), 0);
     const bytes = this.#space.unmapAll();
-    if (bytes !== undefined) this.#unmapped(bytes, length);
+    if (bytes !== undefined) this.#unmapped(bytes, pages);
     else {
       const released = this.release(handles, handles.length);
       invariant(released === handles.length, `the kernel kept ${handles.length - released} mappings`);
@@ -194,10 +206,19 @@ export class IommuPinner implements Pinner {
       throw new InvariantViolation(`${length} bytes at GPA ${hex(gpa)} are not whole pages, up to 1 GiB`);
     if (gpa >= HANDLE_LIMIT * PAGE_SIZE)
       throw this.#error("EINVAL", `IOVA ${hex(gpa)} is beyond the 8 TiB that can be pinned`);
-    if (this.#ranges === undefined) return;
-    for (let i = 0; i < this.#ranges.length; i += 2)
-      if (gpa >= this.#ranges[i]! && gpa + length - 1 <= this.#ranges[i + 1]!) return;
-    throw this.#error("EINVAL", this.#reserved(this.#ranges, gpa, length));
+    if (gpa >= this.#start && gpa + length - 1 <= this.#last) return;
+    this.#findRange(gpa, length);
+  }
+
+  #findRange(gpa: number, length: number): void {
+    const ranges = this.#ranges ?? ALL;
+    for (let i = 0; i < ranges.length; i += 2)
+      if (gpa >= ranges[i]! && gpa + length - 1 <= ranges[i + 1]!) {
+        this.#start = ranges[i]!;
+        this.#last = ranges[i + 1]!;
+        return;
+      }
+    throw this.#error("EINVAL", this.#reserved(ranges, gpa, length));
   }
 
   /** `length` bytes at `iova` are not within one of the ranges. */
@@ -224,12 +245,14 @@ export class IommuPinner implements Pinner {
   }
 
   /** What the kernel has refused, for a person. */
-  #refused(errno: string, address: number, gpa: number, length: number): HostError {
+  #refused(errno: string, address: number, gfn: number, pages: number): HostError {
+    const gpa = gfn * PAGE_SIZE;
+    const length = pages * PAGE_SIZE;
     const what = `IOVAs ${hex(gpa)} to ${hex(gpa + length - 1)}`;
     switch (errno) {
       case "EEXIST":
-        for (const gfn of this.#first)
-          if (gfn * PAGE_SIZE < gpa + length && gfn * PAGE_SIZE + this.#lengthOf(gfn) > gpa)
+        for (const own of this.#first)
+          if (own < gfn + pages && own + this.#pagesOf(own) > gfn)
             throw new InvariantViolation(`${what} are pinned twice`);
         return this.#error(errno, `somebody else has mapped some of ${what}`);
       case "ENOSPC":

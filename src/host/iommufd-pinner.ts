@@ -12,9 +12,9 @@ import {
 } from "../wire/iommufd.ts";
 import { wordsOf } from "../wire/struct.ts";
 import { IovaRange, iovaRanges } from "../wire/vfio-type1.ts";
-import { type Ioctl, ioctl as systemIoctl, wordsFrom } from "./ioctl.ts";
+import { type Ioctl, KernelStruct, ioctl as systemIoctl } from "./ioctl.ts";
 import { IommuPinner, type IovaLimits, type IovaSpace } from "./iommu-pinner.ts";
-import { addressOf, pointerAt, setPointer } from "./libc.ts";
+import { pointerAt, setPages, setPointer } from "./libc.ts";
 
 const MAP = wordsOf(IoasMap);
 const UNMAP = wordsOf(IoasUnmap);
@@ -37,16 +37,16 @@ class Ioas implements IovaSpace {
   readonly #iommufd: number;
   readonly #id: number;
   readonly #ioctl: Ioctl;
-  readonly #map: Uint32Array;
-  readonly #unmap: Uint32Array;
+  readonly #map: KernelStruct;
+  readonly #unmap: KernelStruct;
 
   constructor(iommufd: number, ioas: number, ioctl: Ioctl) {
     this.#iommufd = iommufd;
     this.#id = ioas;
     this.#ioctl = ioctl;
     const flags = IOMMU_IOAS_MAP_FIXED_IOVA | IOMMU_IOAS_MAP_WRITEABLE | IOMMU_IOAS_MAP_READABLE;
-    this.#map = wordsFrom(IoasMap.encode({ size: IoasMap.size, flags, ioasId: ioas }));
-    this.#unmap = wordsFrom(IoasUnmap.encode({ size: IoasUnmap.size, ioasId: ioas }));
+    this.#map = new KernelStruct(IoasMap.encode({ size: IoasMap.size, flags, ioasId: ioas }));
+    this.#unmap = new KernelStruct(IoasUnmap.encode({ size: IoasUnmap.size, ioasId: ioas }));
   }
 
   /** Asked again where there are more ranges than there was room for. */
@@ -54,12 +54,12 @@ class Ioas implements IovaSpace {
     for (let room = 64; ; ) {
       const asked = { size: IoasIovaRanges.size, ioasId: this.#id, numIovas: room };
       const query = IoasIovaRanges.encode(asked, room * IovaRange.size);
-      const words = wordsFrom(query);
-      const array = addressOf(words) + IoasIovaRanges.size;
+      const argument = new KernelStruct(query);
+      const array = argument.address + IoasIovaRanges.size;
       IoasIovaRanges.write(query, { allowedIovas: array });
       try {
         // SAFETY: the array lies behind the structure in the same buffer, and has room for as many ranges.
-        this.#ioctl(this.#iommufd, "IOMMU_IOAS_IOVA_RANGES", IOMMU_IOAS_IOVA_RANGES, words);
+        this.#ioctl(this.#iommufd, "IOMMU_IOAS_IOVA_RANGES", IOMMU_IOAS_IOVA_RANGES, argument);
       } catch (error) {
         if (!(error instanceof HostError) || error.errno !== "EMSGSIZE") throw error;
         room = IoasIovaRanges.read(query).numIovas;
@@ -71,22 +71,25 @@ class Ioas implements IovaSpace {
     }
   }
 
-  map(address: number, iova: number, length: number): void {
-    setPointer(this.#map, MAP.userVa, address);
-    setPointer(this.#map, MAP.length, length);
-    setPointer(this.#map, MAP.iova, iova);
+  map(address: number, gfn: number, pages: number): void {
+    const { words } = this.#map;
+    setPointer(words, MAP.userVa, address);
+    setPages(words, MAP.length, pages);
+    setPages(words, MAP.iova, gfn);
     this.#ioctl(this.#iommufd, this.mapCall, IOMMU_IOAS_MAP, this.#map);
   }
 
-  unmap(iova: number, length: number): number {
-    setPointer(this.#unmap, UNMAP.iova, iova);
-    setPointer(this.#unmap, UNMAP.length, length);
+  unmap(gfn: number, pages: number): number {
+    const { words } = this.#unmap;
+    setPages(words, UNMAP.iova, gfn);
+    setPages(words, UNMAP.length, pages);
     return this.#unmapIoas();
   }
 
   unmapAll(): number {
-    setPointer(this.#unmap, UNMAP.iova, 0);
-    this.#unmap.fill(0xffff_ffff, UNMAP.length, UNMAP.length + 2);
+    const { words } = this.#unmap;
+    setPages(words, UNMAP.iova, 0);
+    words.fill(0xffff_ffff, UNMAP.length, UNMAP.length + 2);
     return this.#unmapIoas();
   }
 
@@ -98,6 +101,6 @@ class Ioas implements IovaSpace {
       if (error instanceof HostError && error.errno === "ENOENT") return 0;
       throw error;
     }
-    return pointerAt(this.#unmap, UNMAP.length);
+    return pointerAt(this.#unmap.words, UNMAP.length);
   }
 }

@@ -119,9 +119,14 @@ export function systemCall(name: string, call: () => number, detail = ""): numbe
   for (;;) {
     const result = call();
     if (result >= 0) return result;
-    const errno = lastErrno();
-    if (errno !== "EINTR") throw new HostError(name, errno, detail);
+    throwUnlessInterrupted(name, detail);
   }
+}
+
+/** A call has failed: returns where it is to be made again. */
+export function throwUnlessInterrupted(name: string, detail = ""): void {
+  const errno = lastErrno();
+  if (errno !== "EINTR") throw new HostError(name, errno, detail);
 }
 
 /** Not fs.closeSync: in a worker thread that warns about fds which arrived over a socket. */
@@ -137,6 +142,12 @@ export const addressOf = (bytes: Bytes): number => Number(koffi().address(bytes)
 export function setPointer(at: Uint32Array, word: number, address: number): void {
   at[word] = address;
   at[word + 1] = address / 2 ** 32;
+}
+
+/** The same for a number of pages below 2^31, in bytes. */
+export function setPages(at: Uint32Array, word: number, pages: number): void {
+  at[word] = pages << 12;
+  at[word + 1] = pages >>> 20;
 }
 
 /** The same way back. */

@@ -13,9 +13,9 @@ import {
   VFIO_IOMMU_UNMAP_DMA,
   VFIO_UNMAP_ALL,
 } from "../wire/vfio-type1.ts";
-import { type Ioctl, ioctl as systemIoctl, wordsFrom } from "./ioctl.ts";
+import { type Ioctl, KernelStruct, ioctl as systemIoctl } from "./ioctl.ts";
 import { IommuPinner, type IovaLimits, type IovaSpace } from "./iommu-pinner.ts";
-import { pointerAt, setPointer } from "./libc.ts";
+import { pointerAt, setPages, setPointer } from "./libc.ts";
 
 const MAP = wordsOf(DmaMap);
 const UNMAP = wordsOf(DmaUnmap);
@@ -38,10 +38,10 @@ class Type1 implements IovaSpace {
   readonly roomIs = "the module parameter dma_entry_limit of vfio_iommu_type1";
   readonly #container: number;
   readonly #ioctl: Ioctl;
-  readonly #map = wordsFrom(
+  readonly #map = new KernelStruct(
     DmaMap.encode({ argsz: DmaMap.size, flags: VFIO_DMA_MAP_FLAG_READ | VFIO_DMA_MAP_FLAG_WRITE }),
   );
-  readonly #unmap = wordsFrom(DmaUnmap.encode({ argsz: DmaUnmap.size }));
+  readonly #unmap = new KernelStruct(DmaUnmap.encode({ argsz: DmaUnmap.size }));
 
   constructor(container: number, ioctl: Ioctl) {
     this.#container = container;
@@ -52,7 +52,7 @@ class Type1 implements IovaSpace {
   limits(): IovaLimits {
     for (let room = 1024; ; ) {
       const info = Type1Info.encode({ argsz: room }, room - Type1Info.size);
-      this.#ioctl(this.#container, "VFIO_IOMMU_GET_INFO", VFIO_IOMMU_GET_INFO, wordsFrom(info));
+      this.#ioctl(this.#container, "VFIO_IOMMU_GET_INFO", VFIO_IOMMU_GET_INFO, info);
       const { argsz } = Type1Info.read(info);
       if (argsz <= room) {
         const { ranges, dmaAvail, smallestPage } = containerInfo(info);
@@ -62,15 +62,16 @@ class Type1 implements IovaSpace {
     }
   }
 
-  map(address: number, iova: number, length: number): void {
-    setPointer(this.#map, MAP.vaddr, address);
-    setPointer(this.#map, MAP.iova, iova);
-    setPointer(this.#map, MAP.size, length);
+  map(address: number, gfn: number, pages: number): void {
+    const { words } = this.#map;
+    setPointer(words, MAP.vaddr, address);
+    setPages(words, MAP.iova, gfn);
+    setPages(words, MAP.size, pages);
     this.#ioctl(this.#container, this.mapCall, VFIO_IOMMU_MAP_DMA, this.#map);
   }
 
-  unmap(iova: number, length: number): number {
-    return this.#unmapDma(0, iova, length);
+  unmap(gfn: number, pages: number): number {
+    return this.#unmapDma(0, gfn, pages);
   }
 
   unmapAll(): number | undefined {
@@ -78,11 +79,12 @@ class Type1 implements IovaSpace {
     return has === 0 ? undefined : this.#unmapDma(VFIO_DMA_UNMAP_FLAG_ALL, 0, 0);
   }
 
-  #unmapDma(flags: number, iova: number, length: number): number {
-    this.#unmap[UNMAP.flags] = flags;
-    setPointer(this.#unmap, UNMAP.iova, iova);
-    setPointer(this.#unmap, UNMAP.size, length);
+  #unmapDma(flags: number, gfn: number, pages: number): number {
+    const { words } = this.#unmap;
+    words[UNMAP.flags] = flags;
+    setPages(words, UNMAP.iova, gfn);
+    setPages(words, UNMAP.size, pages);
     this.#ioctl(this.#container, "VFIO_IOMMU_UNMAP_DMA", VFIO_IOMMU_UNMAP_DMA, this.#unmap);
-    return pointerAt(this.#unmap, UNMAP.size);
+    return pointerAt(words, UNMAP.size);
   }
 }

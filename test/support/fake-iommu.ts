@@ -1,5 +1,5 @@
 import { HostError } from "../../src/base/errors.ts";
-import type { Ioctl } from "../../src/host/ioctl.ts";
+import { type Ioctl, KernelStruct } from "../../src/host/ioctl.ts";
 import { addressOf } from "../../src/host/libc.ts";
 import * as uapi from "../../src/wire/iommufd.ts";
 import * as type1 from "../../src/wire/vfio-type1.ts";
@@ -77,8 +77,8 @@ export class FakeIommu {
   }
 }
 
-const bytesOf = (words: Uint8Array | Uint32Array) =>
-  new Uint8Array(words.buffer, words.byteOffset, words.byteLength);
+export const bytesOf = (argument: Uint8Array | KernelStruct): Uint8Array =>
+  argument instanceof KernelStruct ? argument.bytes : argument;
 
 /** A VFIO container of type 1, version 2, with that fd. */
 export class FakeContainer {

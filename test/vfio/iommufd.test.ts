@@ -12,7 +12,7 @@ import { FRAME_SIZE, type Gpa, type Iova } from "../../src/base/units.ts";
 import type { Cpu } from "../../src/driver/cpu.ts";
 import type { DmaApi } from "../../src/driver/dma-api.ts";
 import { NvmeController, NvmeFailed } from "../../src/driver/nvme-controller.ts";
-import { ioctl, wordsFrom } from "../../src/host/ioctl.ts";
+import { ioctl } from "../../src/host/ioctl.ts";
 import { IommufdDevice, pinnerFor } from "../../src/host/iommufd-device.ts";
 import { IommufdPinner } from "../../src/host/iommufd-pinner.ts";
 import { SharedMapping } from "../../src/host/mapping.ts";
@@ -96,11 +96,11 @@ test("what cannot be pinned is refused with its reason, and nothing of the reque
       length: FRAME_SIZE,
       iova,
     };
-    return ioctl(device.iommufd, "IOMMU_IOAS_MAP", IOMMU_IOAS_MAP, wordsFrom(IoasMap.encode(map)));
+    return ioctl(device.iommufd, "IOMMU_IOAS_MAP", IOMMU_IOAS_MAP, IoasMap.encode(map));
   };
   const unmap = (iova: number, length: number) => {
     const range = { size: IoasUnmap.size, ioasId: device.ioas, iova, length };
-    return ioctl(device.iommufd, "IOMMU_IOAS_UNMAP", IOMMU_IOAS_UNMAP, wordsFrom(IoasUnmap.encode(range)));
+    return ioctl(device.iommufd, "IOMMU_IOAS_UNMAP", IOMMU_IOAS_UNMAP, IoasUnmap.encode(range));
   };
   assert.throws(() => pin(1, 0xfee00), refusedWith("EINVAL"));
   assert.throws(() => raw(0xfee0_0000), { errno: "EINVAL" }, "the kernel says the same");

@@ -7,6 +7,7 @@ import {
   VFIO_IOMMU_MAP_DMA,
   VFIO_IOMMU_UNMAP_DMA,
 } from "../../src/wire/vfio-type1.ts";
+import { bytesOf } from "../support/fake-iommu.ts";
 
 /** Frames that a container maps, going by the calls that it was sent and that succeeded. */
 export class MappedFrames {
@@ -26,7 +27,7 @@ export class MappedFrames {
   recording(kernel: Ioctl): Ioctl {
     return (fd, name, request, argument) => {
       if (typeof argument === "number") return kernel(fd, name, request, argument);
-      const asked = new Uint8Array(argument.buffer.slice(0), argument.byteOffset, argument.byteLength);
+      const asked = bytesOf(argument).slice();
       const result = kernel(fd, name, request, argument);
       if (request === VFIO_IOMMU_MAP_DMA) this.#mapped(asked);
       else if (request === VFIO_IOMMU_UNMAP_DMA) this.#unmapped(asked);

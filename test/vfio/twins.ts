@@ -9,6 +9,7 @@ import {
   VFIO_IOMMU_MAP_DMA,
   VFIO_IOMMU_UNMAP_DMA,
 } from "../../src/wire/vfio-type1.ts";
+import { bytesOf } from "../support/fake-iommu.ts";
 import { isData, type WorldOptions } from "./world.ts";
 
 /** Releases data frames that are pinned, mapped or not. Not the queues': a function that is cut off proves nothing. */
@@ -41,7 +42,7 @@ function forgetful(): Ioctl {
     );
   return (fd, name, request, argument) => {
     if (typeof argument === "number") return ioctl(fd, name, request, argument);
-    const bytes = new Uint8Array(argument.buffer, argument.byteOffset, argument.byteLength);
+    const bytes = bytesOf(argument);
     if (request === VFIO_IOMMU_MAP_DMA) {
       const { iova, size } = DmaMap.read(bytes);
       for (const [at, length] of kept)
