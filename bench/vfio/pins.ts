@@ -122,25 +122,31 @@ function pinnerAlone(
   { bytes, apart, count }: { bytes: number; apart: number; count: number },
   batch: number,
 ) {
-  const addresses = Float64Array.from({ length: count }, (_, i) => hostAddress + i * apart);
-  const gpas = Float64Array.from({ length: count }, (_, i) => i * apart);
-  const lengths = new Float64Array(count).fill(bytes);
   const handles = new Int32Array(count);
-  const batches = Array.from({ length: count / batch }, (_, i) => {
-    const of = <T extends Float64Array | Int32Array>(array: T) =>
-      array.subarray(i * batch, (i + 1) * batch) as T;
-    return { addresses: of(addresses), gpas: of(gpas), lengths: of(lengths), handles: of(handles) };
-  });
+  const adjoins = new Uint8Array(count).fill(1);
+  // As a backend: the same arrays for each request.
+  const addresses = new Float64Array(batch);
+  const gpas = new Float64Array(batch);
+  const lengths = new Float64Array(batch).fill(bytes);
+  const pinned = new Int32Array(batch);
   return {
     pin: () =>
       timed(() => {
-        for (const b of batches) pinner.pin(b.addresses, batch, b.handles, b.lengths, b.gpas);
+        for (let i = 0; i < count; i += batch) {
+          for (let j = 0; j < batch; j++) {
+            gpas[j] = (i + j) * apart;
+            addresses[j] = hostAddress + (i + j) * apart;
+          }
+          pinner.pin(addresses, batch, pinned, lengths, gpas);
+          for (let j = 0; j < batch; j++) handles[i + j] = pinned[j]!;
+        }
       }),
     unpin: () =>
       timed(() => {
         for (let i = 0; i < count; i += SLICE) {
           const slice = handles.subarray(i, i + SLICE);
-          if (pinner.release(slice, slice.length) < slice.length) throw new Error("a pin was not released");
+          if (pinner.release(slice, slice.length, adjoins) < slice.length)
+            throw new Error("a pin was not released");
         }
       }),
   };

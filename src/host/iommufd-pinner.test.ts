@@ -47,6 +47,9 @@ test("pages and extents are mapped at their GPAs, and neighbours go with one cal
   ]);
   assert.equal(release(7, 8, 9), 3);
   assert.deepEqual([iommu.mappings.size, unmaps()], [1, 1]);
+  pin(20, 30);
+  assert.equal(pinner.release(Int32Array.of(20, 30), 2, Uint8Array.of(0, 1)), 2);
+  assert.deepEqual([iommu.mappings.size, unmaps()], [1, 2], "and so does what adjoins");
 });
 
 test("there is no limit of mappings, and the kernel counts pages as pinned", () => {

@@ -76,6 +76,26 @@ test("neighbours of one release go with one call, in the order given, and others
   assert.deepEqual([...pin([10, 106])], [10], "what has gone can be mapped again, in other pieces");
 });
 
+test("what adjoins goes with one call over the holes, and a mapping that is in one after all is our bug", () => {
+  const { pinner, pin, mapped, calls } = setUp();
+  pin(1, [3, 2], 9, 11, 20, 22, 24);
+  const release = (...handles: number[]) =>
+    pinner.release(Int32Array.from(handles), handles.length, Uint8Array.of(0, 1, 1, 0));
+  assert.equal(release(1, 3, 9, 11), 4);
+  assert.deepEqual(
+    [calls("UNMAP"), mapped()],
+    [
+      2,
+      [
+        [20, 1],
+        [22, 1],
+        [24, 1],
+      ],
+    ],
+  );
+  assert.throws(() => release(20, 24), InvariantViolation);
+});
+
 test("what the kernel refuses to unmap stays pinned, and so does what follows", () => {
   const { iommu, pin, mapped, release } = setUp();
   pin(1, 3, 5, 6);

@@ -1,14 +1,16 @@
 import { grown } from "../base/frame-index.ts";
-import type { Gfn } from "../base/units.ts";
 
 /** Frames of a block: 2 MiB, what a second-level entry of an x86 IOMMU maps. No mapping crosses one. */
 export const BLOCK_FRAMES = 512;
+const BLOCK_SHIFT = 9;
+/** The block that has a frame. Frames are 31-bit integers here: see Blocks. */
+export const blockNumber = (gfn: number): number => gfn >> BLOCK_SHIFT;
 const WORD_BITS = 32;
 
 /** Mappings, by an id of 0 and up that each keeps: a structure of arrays, for tens of thousands of them. */
 export class Mappings {
   /** First frame, and how many. */
-  first = new Float64Array(16);
+  first = new Int32Array(16);
   count = new Int32Array(16);
   /** The pinner's. */
   handle = new Int32Array(16);
@@ -52,31 +54,40 @@ export class Mappings {
 
 /** The mappings of 512 aligned frames, and which of these frames the ledger has. */
 export class Block {
+  readonly number: number;
   /** Ids, by first frame. */
   readonly ids: number[] = [];
   readonly #mappings: Mappings;
   readonly #first: number;
   readonly #needed = new Int32Array(BLOCK_FRAMES / WORD_BITS);
+  #neededAll = 0;
 
   constructor(mappings: Mappings, number: number) {
     this.#mappings = mappings;
+    this.number = number;
     this.#first = number * BLOCK_FRAMES;
   }
 
   /** The mapping that has `gfn`, or -1. */
-  find(gfn: Gfn): number {
-    const id = this.ids[this.#after(gfn) - 1];
-    return id !== undefined && gfn < this.#mappings.end(id) ? id : -1;
+  find(gfn: number): number {
+    const id = this.before(gfn + 1);
+    return id >= 0 && gfn < this.#mappings.end(id) ? id : -1;
+  }
+
+  /** The last mapping that begins before `gfn`, or -1. */
+  before(gfn: number): number {
+    const index = this.#after(gfn - 1);
+    return index === 0 ? -1 : this.ids[index - 1]!;
   }
 
   /** Where the mapping before `gfn`, which has none, ends. */
-  holeStart(gfn: Gfn): number {
-    const before = this.ids[this.#after(gfn) - 1];
-    return before === undefined ? this.#first : this.#mappings.end(before);
+  holeStart(gfn: number): number {
+    const before = this.before(gfn);
+    return before < 0 ? this.#first : this.#mappings.end(before);
   }
 
   /** Where the mapping behind `gfn`, which has none, begins. */
-  holeEnd(gfn: Gfn): number {
+  holeEnd(gfn: number): number {
     const behind = this.ids[this.#after(gfn)];
     return behind === undefined ? this.#first + BLOCK_FRAMES : this.#mappings.first[behind]!;
   }
@@ -87,25 +98,57 @@ export class Block {
     else this.ids.splice(at, 0, id);
   }
 
+  /** With the frames that the ledger has of it. */
   remove(id: number): void {
-    const at = this.#after(this.#mappings.first[id]!) - 1;
+    const first = this.#mappings.first[id]!;
+    const at = this.#after(first) - 1;
     if (at === this.ids.length - 1) this.ids.pop();
     else this.ids.splice(at, 1);
+    if (this.#mappings.needed[id] === 0) return;
+    this.#neededAll -= this.#mappings.needed[id]!;
+    for (let gfn = first; gfn < this.#mappings.end(id); gfn++) this.#clear(gfn);
   }
 
-  isNeeded(gfn: Gfn): boolean {
+  isNeeded(gfn: number): boolean {
     const at = gfn - this.#first;
     return ((this.#needed[at >>> 5]! >>> (at & 31)) & 1) === 1;
   }
 
-  setNeeded(gfn: Gfn, needed: boolean): void {
+  /** The ledger has `gfn`, of this mapping, from now on. */
+  enters(gfn: number, id: number): void {
     const at = gfn - this.#first;
-    if (needed) this.#needed[at >>> 5]! |= 1 << (at & 31);
-    else this.#needed[at >>> 5]! &= ~(1 << (at & 31));
+    this.#needed[at >>> 5]! |= 1 << (at & 31);
+    this.#neededAll++;
+    this.#mappings.needed[id]!++;
+  }
+
+  leaves(gfn: number, id: number): void {
+    this.#clear(gfn);
+    this.#neededAll--;
+    this.#mappings.needed[id]!--;
+  }
+
+  #clear(gfn: number): void {
+    const at = gfn - this.#first;
+    this.#needed[at >>> 5]! &= ~(1 << (at & 31));
+  }
+
+  /**
+   * Of the aligned blocks around frames [from, to) the largest that they make mostly needed, and of which a quarter is
+   * needed already; 0 for none.
+   */
+  busySize(from: number, to: number): number {
+    for (let size = BLOCK_FRAMES; size > to - from; size >>= 1) {
+      if (!isBusy(this.#neededAll, to - from, size)) continue;
+      const start = from & -size;
+      if (to > start + size) return 0;
+      if (isBusy(this.#neededIn(start, size), to - from, size)) return size;
+    }
+    return 0;
   }
 
   /** Frames of the ledger among `size` aligned ones, a power of two. */
-  neededIn(first: number, size: number): number {
+  #neededIn(first: number, size: number): number {
     const at = first - this.#first;
     if (size < WORD_BITS) return ones((this.#needed[at >>> 5]! >>> (at & 31)) & ((1 << size) - 1));
     let sum = 0;
@@ -124,6 +167,10 @@ export class Block {
     return low;
   }
 }
+
+/** `hot` of `size` frames are needed, and `more` come to them. */
+const isBusy = (hot: number, more: number, size: number): boolean =>
+  4 * hot >= size && 2 * (hot + more) > size;
 
 /** Bits set in 32. */
 function ones(word: number): number {

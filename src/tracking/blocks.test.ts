@@ -7,6 +7,7 @@ import { FakeIommuPinner } from "../../test/support/pinner.ts";
 import type { HostError } from "../base/errors.ts";
 import { random } from "../base/random.ts";
 import type { Gfn, Gpa } from "../base/units.ts";
+import { GuestMemory } from "../memory/guest-memory.ts";
 import { TU_PINNED as P } from "../wire/dtt.ts";
 import {
   VIRTIO_IOMMU_S_IOERR as IOERR,
@@ -14,6 +15,8 @@ import {
   VIRTIO_IOMMU_S_OK as OK,
 } from "../wire/virtio-iommu.ts";
 import { BLOCK_FRAMES } from "./block.ts";
+import { Blocks } from "./blocks.ts";
+import { Ledger } from "./ledger.ts";
 
 const INFINITY = Number.POSITIVE_INFINITY;
 const frames = (first: number, count: number) => Array.from({ length: count }, (_, i) => first + i);
@@ -121,6 +124,15 @@ test("a mapping goes when all of its frames are idle, and not before", () => {
   m.unmap(9);
   passes(m);
   assert.deepEqual([runs(m), m.tracker.pinned, m.pinner.pages.size], [[], 0, 0]);
+});
+
+test("idle mappings go with one call over the holes between them, not over a mapping in use, nor over what is no RAM", () => {
+  const [low, high] = [ramRegion(0, 250), ramRegion(256 * 4096, RAM_FRAMES - 256)];
+  const m = behindIommu({ regions: [low, high] });
+  for (const gfn of [257, 20, 16, 14, 12, 249, 10]) m.map(gfn);
+  m.unmap(10, 12, 16, 20, 249, 257);
+  passes(m);
+  assert.deepEqual([runs(m), m.pinner.unmaps], [[[14, 1]], 3]);
 });
 
 test("a frame that is pinned again takes its page over without a word to the host", () => {
@@ -330,6 +342,18 @@ test("pins of an earlier backend are taken over, mapping by mapping", () => {
   after.tracker.adopt(handles);
   assert.deepEqual([after.tracker.pinned, [...after.tracker.frames()].length], [21, 21]);
   assert.equal(after.tracker.pin([{ gfn: 505, nrFrames: 3 }]), OK, "nothing is mapped twice");
+});
+
+test("frames that no handle can number are refused, the last below them are not", () => {
+  const last = 2 ** 31 - BLOCK_FRAMES - 1;
+  const region = { ...ramRegion(0, 2), gpa: (last * 4096) as Gpa };
+  const pinner = new FakeIommuPinner();
+  const ledger = new Ledger();
+  const memory = new GuestMemory([region]);
+  const blocks = new Blocks({ memory, pinner, ledger, room: () => INFINITY, mayPin: () => true });
+  blocks.pin([last as Gfn], () => {});
+  assert.throws(() => blocks.pin([(last + 1) as Gfn], () => {}), { errno: "EINVAL" });
+  assert.deepEqual([...pinner.mappings.values()], [[last]]);
 });
 
 test("where what it would grow by cannot be pinned, it does not grow", () => {

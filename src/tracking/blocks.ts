@@ -3,11 +3,13 @@ import { grown } from "../base/frame-index.ts";
 import { FRAME_SIZE, type Gfn, gpaOf } from "../base/units.ts";
 import type { GuestMemory } from "../memory/guest-memory.ts";
 import type { GfnBuffer } from "../policy/policy.ts";
-import { BLOCK_FRAMES, Block, Mappings } from "./block.ts";
+import { BLOCK_FRAMES, Block, blockNumber, Mappings } from "./block.ts";
 import type { FramePins, OrphanRange } from "./frame-pins.ts";
 import type { Ledger } from "./ledger.ts";
 import type { Pinner } from "./pinner.ts";
 
+/** Guests of up to 8 TiB: frames, and where blocks of them end, are integers of 31 bits, which V8 keeps as such. */
+const FRAME_LIMIT = 2 ** 31 - BLOCK_FRAMES;
 /** Blocks that one slice of collectOrphans() looks at, and places for a block. */
 const SLICE_BLOCKS = 64;
 const SLICE_PLACES = 1024;
@@ -46,15 +48,18 @@ export class Blocks implements FramePins {
   readonly #stale = new Map<number, Set<Gfn>>();
   #pages = 0;
   #lastBlock = -1;
+  /** The block that was looked for last, if there is one. */
+  #recent: Block | undefined;
   // What is to be pinned: frames [from, to), and whether only if all have memory.
-  #from = new Float64Array(256);
-  #to = new Float64Array(256);
+  #from = new Int32Array(256);
+  #to = new Int32Array(256);
   #present = new Uint8Array(256);
   #planned = 0;
   #addresses = new Float64Array(BLOCK_FRAMES);
   #lengths = new Float64Array(256);
   #gpas = new Float64Array(256);
   #handles = new Int32Array(256);
+  #adjoins = new Uint8Array(256);
   #lost = new Uint8Array(BLOCK_FRAMES);
 
   constructor(options: BlocksOptions) {
@@ -78,7 +83,7 @@ export class Blocks implements FramePins {
   pin(gfns: readonly Gfn[], pinned: (gfn: Gfn, handle: number) => void, present = false): void {
     const fresh = this.#fresh(gfns);
     if (fresh.length > 0) this.#map(fresh, present);
-    for (const gfn of gfns) this.#enters(gfn, pinned);
+    this.#enter(gfns, pinned);
   }
 
   adopt(
@@ -87,12 +92,15 @@ export class Blocks implements FramePins {
   ): void {
     for (const [handle, of] of Map.groupBy(pages, ([, handle]) => handle)) {
       this.#mapped(of[0]![0], of.length, handle);
-      for (const [gfn] of of) this.#enters(gfn, pinned);
+      this.#enter(
+        of.map(([gfn]) => gfn),
+        pinned,
+      );
     }
   }
 
   abandon(gfn: Gfn, id: number): void {
-    this.#leaves(gfn, id);
+    this.#blockOf(gfn)!.leaves(gfn, id);
     if (this.#mappings.needed[id] === 0) this.#idle.add(id);
   }
 
@@ -113,10 +121,10 @@ export class Blocks implements FramePins {
         const id = ledger.handle(gfns.at(i));
         if (leaving[id] === needed[id]) continue;
         leaving[id]!--;
-        this.#leaves(gfns.at(i), id);
+        this.#blockOf(gfns.at(i))!.leaves(gfns.at(i), id);
       }
     for (const id of whole) leaving[id] = 0;
-    return new Set(whole.slice(this.#releaseWhole(whole)));
+    return this.#releaseWhole(whole);
   }
 
   releaseOrphans(): void {
@@ -125,7 +133,7 @@ export class Blocks implements FramePins {
 
   collectOrphans({ first, end, discarded }: OrphanRange, from: number, out: Gfn[]): number | null {
     const last = Math.min(this.#lastBlock, Math.ceil(end / BLOCK_FRAMES) - 1);
-    let number = Math.max(from, Math.floor(first / BLOCK_FRAMES));
+    let number = Math.max(from, Math.floor(first / BLOCK_FRAMES)); // any range, not only of frames that are RAM
     const places = Math.min(last, number + SLICE_PLACES);
     for (let n = 0; number <= places && n < SLICE_BLOCKS; number++) {
       const block = this.#blocks.get(number);
@@ -139,12 +147,14 @@ export class Blocks implements FramePins {
     return number <= last ? number : null;
   }
 
-  /** Those of `gfns` that no mapping has, ascending. Throws HostError for one whose page is stale. */
+  /** Those of `gfns` that no mapping has, ascending. Throws HostError for one whose page is stale, or that is too high. */
   #fresh(gfns: readonly Gfn[]): Gfn[] {
     const fresh: Gfn[] = [];
     let again: Map<number, Gfn[]> | undefined;
     let ascending = true;
     for (const gfn of gfns) {
+      if (gfn >= FRAME_LIMIT)
+        throw new HostError("pin", "EINVAL", `frame ${gfn} is beyond the 8 TiB that can be pinned`);
       const id = this.#find(gfn);
       if (id < 0) {
         ascending &&= fresh.length === 0 || fresh.at(-1)! < gfn;
@@ -180,10 +190,6 @@ export class Blocks implements FramePins {
   #pin(): void {
     const { memory, pinner } = this.#o;
     const count = this.#planned;
-    this.#addresses = grown(this.#addresses, count);
-    this.#lengths = grown(this.#lengths, count);
-    this.#gpas = grown(this.#gpas, count);
-    this.#handles = grown(this.#handles, count);
     for (let i = 0; i < count; i++) {
       const gpa = gpaOf(this.#from[i]! as Gfn);
       const region = memory.find(gpa, FRAME_SIZE)!;
@@ -206,9 +212,7 @@ export class Blocks implements FramePins {
     let room = grows ? Math.floor((this.#o.room() - fresh.length) / 2) : 0;
     let pages = 0;
     this.#planned = 0;
-    this.#from = grown(this.#from, fresh.length);
-    this.#to = grown(this.#to, fresh.length);
-    this.#present = grown(this.#present, fresh.length);
+    if (fresh.length > this.#from.length) this.#reserve(fresh.length);
     for (let i = 0, done = 0; i < fresh.length; ) {
       // It may be in the one before, which has grown.
       if (fresh[i]! < done) {
@@ -230,6 +234,16 @@ export class Blocks implements FramePins {
       room -= planned - (to - from);
     }
     return pages;
+  }
+
+  #reserve(count: number): void {
+    this.#from = grown(this.#from, count);
+    this.#to = grown(this.#to, count);
+    this.#present = grown(this.#present, count);
+    this.#addresses = grown(this.#addresses, count);
+    this.#lengths = grown(this.#lengths, count);
+    this.#gpas = grown(this.#gpas, count);
+    this.#handles = grown(this.#handles, count);
   }
 
   #push(from: number, to: number, present: boolean): void {
@@ -254,13 +268,13 @@ export class Blocks implements FramePins {
     const block = this.#blockOf(from);
     // With nobody beside it, and mappings enough.
     if (!block && grain === 1) return false;
-    const size = block ? busySize(block, from, to) : 0;
+    const size = block?.busySize(from, to) ?? 0;
     if (size === 0 && grain === 1) return false;
     const left = Math.max(low, block?.holeStart(from) ?? 0);
     const right = Math.min(high, block?.holeEnd(from) ?? high);
-    const first = Math.max(left, from - (from % grain));
-    const end = Math.min(right, Math.ceil(to / grain) * grain);
-    const busy = size > 0 ? from - (from % size) : from;
+    const first = Math.max(left, from & -grain);
+    const end = Math.min(right, (to + grain - 1) & -grain);
+    const busy = size > 0 ? from & -size : from;
     const busyFirst = Math.max(left, busy);
     const busyEnd = Math.min(right, busy + size);
     if (busyEnd - busyFirst > end - first && this.#mayTake(busyFirst, busyEnd, from, to, room))
@@ -325,16 +339,16 @@ export class Blocks implements FramePins {
     const orphans: Gfn[] = [];
     if (needed[id] === count[id]) return orphans;
     for (let gfn = first[id]!; gfn < this.#mappings.end(id); gfn++)
-      if (!block.isNeeded(gfn as Gfn)) orphans.push(gfn as Gfn);
+      if (!block.isNeeded(gfn)) orphans.push(gfn as Gfn);
     return orphans;
   }
 
   #mapped(first: Gfn, count: number, handle: number): void {
-    const number = Math.floor(first / BLOCK_FRAMES);
-    invariant(first + count <= (number + 1) * BLOCK_FRAMES, `a mapping of ${count} frames at frame ${first}`);
+    const number = blockNumber(first);
+    invariant(blockNumber(first + count - 1) === number, `a mapping of ${count} frames at frame ${first}`);
     const region = this.#o.memory.find(gpaOf(first), FRAME_SIZE);
     const hostAddress = region ? region.hostAddress + (gpaOf(first) - region.gpa) : Number.NaN;
-    let block = this.#blocks.get(number);
+    let block = this.#blockOf(first);
     if (!block) {
       block = new Block(this.#mappings, number);
       this.#blocks.set(number, block);
@@ -344,64 +358,67 @@ export class Blocks implements FramePins {
     this.#lastBlock = Math.max(this.#lastBlock, number);
   }
 
-  /** The frame, of a mapping, comes into the ledger. */
-  #enters(gfn: Gfn, pinned: (gfn: Gfn, handle: number) => void): void {
-    const block = this.#blockOf(gfn)!;
-    const id = block.find(gfn);
-    this.#mappings.needed[id]!++;
-    block.setNeeded(gfn, true);
-    if (this.#idle.size > 0) this.#idle.delete(id);
-    pinned(gfn, id);
+  /** The frames, all of mappings, come into the ledger. */
+  #enter(gfns: readonly Gfn[], pinned: (gfn: Gfn, handle: number) => void): void {
+    for (let i = 0; i < gfns.length; ) {
+      const block = this.#blockOf(gfns[i]!)!;
+      const id = block.find(gfns[i]!);
+      const first = this.#mappings.first[id]!;
+      const end = this.#mappings.end(id);
+      if (this.#idle.size > 0) this.#idle.delete(id);
+      for (; i < gfns.length && gfns[i]! >= first && gfns[i]! < end; i++) {
+        block.enters(gfns[i]!, id);
+        pinned(gfns[i]!, id);
+      }
+    }
   }
 
-  #leaves(gfn: Gfn, id: number): void {
-    this.#mappings.needed[id]!--;
-    this.#blockOf(gfn)!.setNeeded(gfn, false);
-  }
-
-  /** Returns how many of them went, in order. */
-  #releaseWhole(ids: readonly number[]): number {
+  /** Returns those of them that the host has kept. */
+  #releaseWhole(ids: number[]): ReadonlySet<number> {
     const { first, count, handle } = this.#mappings;
+    if (ids.some((id, i) => i > 0 && first[id]! < first[ids[i - 1]!]!))
+      ids.sort((a, b) => first[a]! - first[b]!);
     this.#handles = grown(this.#handles, ids.length);
-    for (let i = 0; i < ids.length; i++) this.#handles[i] = handle[ids[i]!]!;
-    const released = this.#o.pinner.release(this.#handles, ids.length);
+    this.#adjoins = grown(this.#adjoins, ids.length);
+    for (let i = 0; i < ids.length; i++) {
+      this.#handles[i] = handle[ids[i]!]!;
+      this.#adjoins[i] = Number(i > 0 && this.#adjoin(ids[i - 1]!, ids[i]!));
+    }
+    const released = this.#o.pinner.release(this.#handles, ids.length, this.#adjoins);
     for (let i = 0; i < released; i++) {
       const id = ids[i]!;
-      const number = Math.floor(first[id]! / BLOCK_FRAMES);
-      const block = this.#blocks.get(number)!;
-      for (let gfn = first[id]!; gfn < this.#mappings.end(id); gfn++) block.setNeeded(gfn as Gfn, false);
+      const block = this.#blockOf(first[id]!)!;
       block.remove(id);
-      if (block.ids.length === 0) this.#blocks.delete(number);
+      if (block.ids.length === 0) {
+        this.#blocks.delete(block.number);
+        this.#recent = undefined;
+      }
       this.#idle.delete(id);
       this.#stale.delete(id);
       this.#pages -= count[id]!;
       this.#mappings.remove(id);
     }
-    return released;
+    return new Set(ids.slice(released));
+  }
+
+  /** Whether one mapping is the next behind another in a block, with nothing but the guest's RAM between them. */
+  #adjoin(before: number, id: number): boolean {
+    const { first } = this.#mappings;
+    if (this.#blockOf(first[id]!)!.before(first[id]!) !== before) return false;
+    const length = (this.#mappings.end(id) - first[before]!) * FRAME_SIZE;
+    return this.#o.memory.find(gpaOf(first[before]! as Gfn), length) !== undefined;
   }
 
   /** The mapping that has `gfn`, or -1. */
-  #find(gfn: Gfn): number {
+  #find(gfn: number): number {
     return this.#blockOf(gfn)?.find(gfn) ?? -1;
   }
 
-  #blockOf(gfn: Gfn): Block | undefined {
-    return this.#blocks.get(Math.floor(gfn / BLOCK_FRAMES));
+  #blockOf(gfn: number): Block | undefined {
+    const number = blockNumber(gfn);
+    if (this.#recent?.number !== number) this.#recent = this.#blocks.get(number);
+    return this.#recent;
   }
 }
 
-/**
- * Of the aligned blocks around frames [from, to) the largest that they make mostly needed, and of which a quarter is needed
- * already; 0 for none.
- */
-function busySize(block: Block, from: number, to: number): number {
-  for (let size = BLOCK_FRAMES; size > to - from; size /= 2) {
-    const start = from - (from % size);
-    if (to > start + size) return 0;
-    const hot = block.neededIn(start, size);
-    if (4 * hot >= size && 2 * (hot + to - from) > size) return size;
-  }
-  return 0;
-}
-
-const boundaryAfter = (gfn: number): number => (Math.floor(gfn / BLOCK_FRAMES) + 1) * BLOCK_FRAMES;
+const boundaryAfter = (gfn: number): number => (blockNumber(gfn) + 1) * BLOCK_FRAMES;

@@ -13,7 +13,9 @@ export const FAULTED = 0xffff_fffe;
 export const FAULTED_LATELY = 0xffff_fffd;
 /** Generation of frames that the table in use has P for, though the guest has not asked, and is not known to use them. */
 export const SPECULATED = 0xffff_fffc;
-const UNASKED: readonly number[] = [NO_TABLE, FAULTED, FAULTED_LATELY, SPECULATED];
+/** Whether the guest has asked for what has this generation. */
+export const isAsked = (generation: number): boolean =>
+  generation !== NO_TABLE && (generation < SPECULATED || generation === ONLY_DOMAINS);
 
 type ClaimChanged = (gfn: Gfn, claimed: boolean) => void;
 
@@ -59,9 +61,11 @@ export class Ledger {
   /** Returns the frame's slot. */
   add(gfn: Gfn, handle: number, generation: number): number {
     const id = this.#frames.insert(gfn);
-    this.#handles = grown(this.#handles, this.#frames.capacity);
-    this.#generations = grown(this.#generations, this.#frames.capacity);
-    this.#needs = grown(this.#needs, this.#frames.capacity);
+    if (id >= this.#handles.length) {
+      this.#handles = grown(this.#handles, this.#frames.capacity);
+      this.#generations = grown(this.#generations, this.#frames.capacity);
+      this.#needs = grown(this.#needs, this.#frames.capacity);
+    }
     this.#needs[id] = 0;
     this.#handles[id] = handle;
     this.#generations[id] = generation;
@@ -164,7 +168,7 @@ export class Ledger {
   }
 
   #isClaimed(id: number): boolean {
-    return this.#needs[id]! > 0 || !UNASKED.includes(this.#generations[id]!);
+    return this.#needs[id]! > 0 || isAsked(this.#generations[id]!);
   }
 
   #count(gfn: Gfn, id: number, before: boolean): void {

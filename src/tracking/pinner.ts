@@ -33,7 +33,7 @@ export interface Pinner {
   /**
    * Release the first `count` handles, in order. Returns how many were released: fewer than `count` when the host
    * refused one, which then stays pinned, as do those after it. `adjoins[i]`: 1 where handle i is the next pin behind
-   * handle i - 1, with none between them, so that an IOMMU may release both as one range.
+   * handle i - 1, and only RAM of the guest is between them: an IOMMU may release both as one range.
    */
   release(handles: Int32Array, count: number, adjoins?: Uint8Array): number;
 

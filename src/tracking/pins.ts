@@ -6,7 +6,7 @@ import type { Claim, GfnBuffer, UnpinPolicy } from "../policy/policy.ts";
 import { Blocks } from "./blocks.ts";
 import { Extents } from "./extents.ts";
 import type { FramePins, OrphanRange } from "./frame-pins.ts";
-import { Ledger, NO_TABLE, ONLY_DOMAINS, SPECULATED } from "./ledger.ts";
+import { isAsked, Ledger, NO_TABLE, ONLY_DOMAINS, SPECULATED } from "./ledger.ts";
 import { framesOf, type Mapping } from "./mapping-trees.ts";
 import type { Pinner } from "./pinner.ts";
 import type { SoftwareIommu } from "./software-iommu.ts";
@@ -131,7 +131,7 @@ export class Pins {
 
   #hold(gfn: Gfn, handle: number, generation: number, now: Nanoseconds): void {
     const slot = this.ledger.add(gfn, handle, generation);
-    this.#iommu.allow(gfn, this.ledger.isClaimed(gfn));
+    this.#iommu.allow(gfn, isAsked(generation));
     if (slot < this.#told) this.#policy.pinned(gfn, now);
     for (const observer of this.#observers) observer.pinned(gfn, now, generation === SPECULATED);
   }

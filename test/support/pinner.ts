@@ -104,6 +104,8 @@ export class FakeIommuPinner extends FakePinner {
   /** Handle -> frames that the mapping has. */
   readonly mappings = new Map<number, readonly number[]>();
   readonly #mapped = new Set<number>();
+  /** Ranges that were released, each with one call. */
+  unmaps = 0;
 
   get pinsNow(): number {
     return this.mappings.size;
@@ -139,12 +141,22 @@ export class FakeIommuPinner extends FakePinner {
     }
   }
 
-  override release(handles: Int32Array, count: number): number {
+  override release(handles: Int32Array, count: number, adjoins?: Uint8Array): number {
+    for (let i = 1; i < count; i++) if (adjoins?.[i]) this.#checkAdjoins(handles[i - 1]!, handles[i]!);
     const released = super.release(handles, count);
+    for (let i = 0; i < released; i++) if (!adjoins?.[i]) this.unmaps++;
     for (const handle of handles.subarray(0, released)) {
       for (const gfn of this.mappings.get(handle)!) this.#mapped.delete(gfn);
       this.mappings.delete(handle);
     }
     return released;
+  }
+
+  #checkAdjoins(before: number, handle: number): void {
+    const end = this.mappings.get(before)!.at(-1)! + 1;
+    const first = this.mappings.get(handle)![0]!;
+    if (first < end) throw new Error(`frame ${first} does not follow frame ${end - 1}`);
+    for (let gfn = end; gfn < first; gfn++)
+      if (this.#mapped.has(gfn)) throw new Error(`frame ${gfn} is mapped between ${end - 1} and ${first}`);
   }
 }

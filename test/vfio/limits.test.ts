@@ -32,6 +32,7 @@ test("a page is mapped once, a mapping goes as a whole, and there are addresses 
     nothing: 0,
     lockedFive: 5,
     released: 1,
+    lockedOne: 1,
     lockedAtLast: 0,
   });
 });

@@ -80,9 +80,13 @@ const cases: Record<string, () => unknown> = {
       released: pinner.release(Int32Array.of(block), 1),
     };
     unmap(100 * FRAME_SIZE);
+    for (const gfn of [10, 12, 14, 16]) pin(gfn, 1);
+    pinner.release(Int32Array.of(10, 12, 14), 3, Uint8Array.of(0, 1, 1));
+    const lockedOne = locked();
+    pinner.release(Int32Array.of(16), 1);
     const lockedAtLast = locked();
     pinner.close();
-    return { ...answers, lockedAtLast };
+    return { ...answers, lockedOne, lockedAtLast };
   },
 
   /** With dma_entry_limit at 64. */

@@ -29,37 +29,45 @@ class BlindTable extends DmaTrackingTable {
   }
 }
 
-/** A kernel that is not asked to unmap every eighth time. What it has kept goes when its place is mapped again. */
+/**
+ * A kernel that is not asked to unmap every eighth time, and says that it has. What it has kept goes when its place is
+ * mapped again.
+ */
 function forgetful(): Ioctl {
+  /** IOVA -> bytes. */
+  const mapped = new Map<number, number>();
   const kept = new Map<number, number>();
   let unmaps = 0;
-  const unmap = (fd: number, iova: number, size: number) =>
-    ioctl(
-      fd,
-      "VFIO_IOMMU_UNMAP_DMA",
-      VFIO_IOMMU_UNMAP_DMA,
-      DmaUnmap.encode({ argsz: DmaUnmap.size, iova, size }),
-    );
+  const within = (of: Map<number, number>, iova: number, size: number) =>
+    [...of].filter(([at, length]) => at < iova + size && at + length > iova);
+  const unmap = (fd: number, iova: number, size: number) => {
+    const request = DmaUnmap.encode({ argsz: DmaUnmap.size, iova, size });
+    ioctl(fd, "VFIO_IOMMU_UNMAP_DMA", VFIO_IOMMU_UNMAP_DMA, request);
+    kept.delete(iova);
+  };
   return (fd, name, request, argument) => {
     if (typeof argument === "number") return ioctl(fd, name, request, argument);
     const bytes = bytesOf(argument);
     if (request === VFIO_IOMMU_MAP_DMA) {
       const { iova, size } = DmaMap.read(bytes);
-      for (const [at, length] of kept)
-        if (at < iova + size && at + length > iova) {
-          unmap(fd, at, length);
-          kept.delete(at);
-        }
+      for (const [at, length] of within(kept, iova, size)) unmap(fd, at, length);
+      mapped.set(iova, size);
     }
-    if (request === VFIO_IOMMU_UNMAP_DMA) {
-      const { flags, iova, size } = DmaUnmap.read(bytes);
-      if (flags & VFIO_DMA_UNMAP_FLAG_ALL) for (const [at, length] of kept) unmap(fd, at, length);
-      else if (++unmaps % 8 === 0) {
-        kept.set(iova, size);
-        return 0;
-      }
+    if (request !== VFIO_IOMMU_UNMAP_DMA) return ioctl(fd, name, request, argument);
+    const { flags, iova, size } = DmaUnmap.read(bytes);
+    if (flags & VFIO_DMA_UNMAP_FLAG_ALL) {
+      for (const [at, length] of kept) unmap(fd, at, length);
+      return ioctl(fd, name, request, argument);
     }
-    return ioctl(fd, name, request, argument);
+    const going = within(mapped, iova, size);
+    for (const [at] of going) mapped.delete(at);
+    if (++unmaps % 8 === 0) for (const [at, length] of going) kept.set(at, length);
+    else {
+      ioctl(fd, name, request, argument);
+      for (const [at] of within(kept, iova, size)) kept.delete(at); // in a hole
+    }
+    DmaUnmap.write(bytes, { size: going.reduce((sum, [, length]) => sum + length, 0) });
+    return 0;
   };
 }
 
