@@ -58,7 +58,7 @@ export function extents(rounds: number): ExtentsReport {
       for (let i = 0; i < FRAMES; i += UNPINS[how]) {
         list.clear();
         for (const frame of orders[how].slice(i, i + UNPINS[how])) list.push((frame * stride) as Gfn);
-        pins.addDiscarded(list);
+        pins.addOthers(list);
         pins.unpin(list, 0 as Nanoseconds);
       }
       if (pins.size > 0) throw new Error(`${pins.size} frames stay pinned`);

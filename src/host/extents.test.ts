@@ -34,7 +34,7 @@ const child = (scenario: string, second: string) => `
   const unpin = (gfns, discarded = false) => {
     const list = new GfnBuffer(4096);
     for (const gfn of gfns) list.push(gfn);
-    if (discarded) pins.addDiscarded(list);
+    if (discarded) pins.addOthers(list);
     return [pins.unpin(list, 0), pins.size, pinner.kernelPinnedPages()];
   };
   const blocks = () => fs.fstatSync(file).blocks / 8;

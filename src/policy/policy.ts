@@ -11,7 +11,7 @@ export type Claim =
   | "accessed"
   /** It is not pinned any more, for another reason. */
   | "gone"
-  /** It could be unpinned, but the host or a device did not let go of it. */
+  /** It could be unpinned, but the host or a device did not let go of it, or it is pinned with others that are in use. */
   | "refused";
 
 /** A reusable list of frames. */
@@ -25,7 +25,10 @@ export class GfnBuffer {
     return this.#length;
   }
   get full(): boolean {
-    return this.#length === this.#gfns.length;
+    return this.room === 0;
+  }
+  get room(): number {
+    return this.#gfns.length - this.#length;
   }
   at(index: number): Gfn {
     return this.#gfns[index]! as Gfn;

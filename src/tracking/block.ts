@@ -16,9 +16,14 @@ export class Mappings {
   handle = new Int32Array(16);
   /** Of the first page; NaN when that was no RAM. */
   hostAddress = new Float64Array(16);
-  /** How many of the frames are in the ledger, and of them how many are about to leave it. */
+  /** How many of the frames are in the ledger. */
   needed = new Int32Array(16);
+  /** Of those, how many are not in use, and wait for the others. */
+  waiting = new Int32Array(16);
+  /** And how many are about to leave it; 0 between calls. */
   leaving = new Int32Array(16);
+  /** In all mappings. */
+  waitingAll = 0;
   readonly #free: number[] = [];
   #ids = 0;
 
@@ -30,6 +35,7 @@ export class Mappings {
     this.handle[id] = handle;
     this.hostAddress[id] = hostAddress;
     this.needed[id] = 0;
+    this.waiting[id] = 0;
     this.leaving[id] = 0;
     return id;
   }
@@ -48,11 +54,12 @@ export class Mappings {
     this.handle = grown(this.handle, length);
     this.hostAddress = grown(this.hostAddress, length);
     this.needed = grown(this.needed, length);
+    this.waiting = grown(this.waiting, length);
     this.leaving = grown(this.leaving, length);
   }
 }
 
-/** The mappings of 512 aligned frames, and which of these frames the ledger has. */
+/** The mappings of 512 aligned frames, which of these frames the ledger has, and which of those wait for others. */
 export class Block {
   readonly number: number;
   /** Ids, by first frame. */
@@ -60,6 +67,7 @@ export class Block {
   readonly #mappings: Mappings;
   readonly #first: number;
   readonly #needed = new Int32Array(BLOCK_FRAMES / WORD_BITS);
+  readonly #waiting = new Int32Array(BLOCK_FRAMES / WORD_BITS);
   #neededAll = 0;
 
   constructor(mappings: Mappings, number: number) {
@@ -106,6 +114,7 @@ export class Block {
     else this.ids.splice(at, 1);
     if (this.#mappings.needed[id] === 0) return;
     this.#neededAll -= this.#mappings.needed[id]!;
+    this.#mappings.waitingAll -= this.#mappings.waiting[id]!;
     for (let gfn = first; gfn < this.#mappings.end(id); gfn++) this.#clear(gfn);
   }
 
@@ -123,6 +132,7 @@ export class Block {
   }
 
   leaves(gfn: number, id: number): void {
+    this.setWaiting(gfn, id, false);
     this.#clear(gfn);
     this.#neededAll--;
     this.#mappings.needed[id]!--;
@@ -131,6 +141,21 @@ export class Block {
   #clear(gfn: number): void {
     const at = gfn - this.#first;
     this.#needed[at >>> 5]! &= ~(1 << (at & 31));
+    this.#waiting[at >>> 5]! &= ~(1 << (at & 31));
+  }
+
+  isWaiting(gfn: number): boolean {
+    const at = gfn - this.#first;
+    return ((this.#waiting[at >>> 5]! >>> (at & 31)) & 1) === 1;
+  }
+
+  setWaiting(gfn: number, id: number, waits: boolean): void {
+    if (this.isWaiting(gfn) === waits) return;
+    const at = gfn - this.#first;
+    this.#waiting[at >>> 5]! ^= 1 << (at & 31);
+    const more = waits ? 1 : -1;
+    this.#mappings.waiting[id]! += more;
+    this.#mappings.waitingAll += more;
   }
 
   /**

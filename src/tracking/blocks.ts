@@ -7,6 +7,7 @@ import { BLOCK_FRAMES, Block, blockNumber, Mappings } from "./block.ts";
 import type { FramePins, OrphanRange } from "./frame-pins.ts";
 import type { Ledger } from "./ledger.ts";
 import type { Pinner } from "./pinner.ts";
+import { StalePages } from "./stale-pages.ts";
 
 /** Guests of up to 8 TiB: frames, and where blocks of them end, are integers of 31 bits, which V8 keeps as such. */
 const FRAME_LIMIT = 2 ** 31 - BLOCK_FRAMES;
@@ -33,8 +34,10 @@ interface BlocksOptions {
  *   quarter of it was before: so what is hot ends as few mappings. Only frames that have memory are taken along;
  * - with more than half of the mappings taken it grows so far that the others suffice for all RAM that is left, whether
  *   that has memory or not;
- * - a frame that is unpinned leaves the ledger, and its P, at once. Its page stays pinned until its mapping has no frame
- *   in the ledger: it is an orphan, counted as pinned, and a frame that is pinned again takes it over.
+ * - frames that nobody uses wait, with P, until nobody uses any frame of their mapping: then all go, in one pass;
+ * - a frame that has to leave before leaves the ledger. Its page stays pinned until its mapping has no frame in the
+ *   ledger: it is an orphan, as are those that a mapping has grown by, counted as pinned, and a frame that is pinned
+ *   (again) takes it over.
  *
  * An orphan's page may be discarded, or its frame get other memory: it is never taken over then (EBUSY).
  */
@@ -44,8 +47,7 @@ export class Blocks implements FramePins {
   readonly #blocks = new Map<number, Block>();
   /** Mappings of no frame, which the host has not let go of yet. */
   readonly #idle = new Set<number>();
-  /** Frames of mappings whose memory is not the pinned page any more. */
-  readonly #stale = new Map<number, Set<Gfn>>();
+  readonly #stale: StalePages;
   #pages = 0;
   #lastBlock = -1;
   /** The block that was looked for last, if there is one. */
@@ -55,19 +57,22 @@ export class Blocks implements FramePins {
   #to = new Int32Array(256);
   #present = new Uint8Array(256);
   #planned = 0;
-  #addresses = new Float64Array(BLOCK_FRAMES);
+  #addresses = new Float64Array(256);
   #lengths = new Float64Array(256);
   #gpas = new Float64Array(256);
   #handles = new Int32Array(256);
   #adjoins = new Uint8Array(256);
-  #lost = new Uint8Array(BLOCK_FRAMES);
 
   constructor(options: BlocksOptions) {
     this.#o = options;
+    this.#stale = new StalePages(options.memory, options.pinner, this.#mappings);
   }
 
   get orphans(): number {
     return this.#pages - this.#o.ledger.size;
+  }
+  get waiting(): number {
+    return this.#mappings.waitingAll;
   }
   get abandoned(): number {
     let pages = 0;
@@ -104,17 +109,53 @@ export class Blocks implements FramePins {
     if (this.#mappings.needed[id] === 0) this.#idle.add(id);
   }
 
-  /** What is discarded is not split off: it becomes an orphan. */
-  addDiscarded(): void {}
+  /** Those that wait for nobody else, who may go then. What is discarded is not split off: it becomes an orphan. */
+  addOthers(gfns: GfnBuffer): boolean {
+    const { leaving, needed, waiting, waitingAll } = this.#mappings;
+    if (waitingAll === 0) return false;
+    for (let i = 0; i < gfns.length; i++) this.used(gfns.at(i));
+    for (const id of this.#countLeaving(gfns)) {
+      if (waiting[id]! > 0 && leaving[id]! + waiting[id]! === needed[id] && waiting[id]! <= gfns.room)
+        for (const gfn of this.#framesOf(id, (gfn, block) => block.isWaiting(gfn))) gfns.push(gfn);
+      leaving[id] = 0;
+    }
+    return false;
+  }
+
+  dropWaiting(gfns: GfnBuffer, waits: (gfn: Gfn) => void): void {
+    const { leaving, needed } = this.#mappings;
+    const ids = this.#countLeaving(gfns);
+    if (ids.some((id) => leaving[id] !== needed[id]))
+      gfns.keep((i) => {
+        const gfn = gfns.at(i);
+        const id = this.#o.ledger.handle(gfn);
+        if (leaving[id] === needed[id]) return true;
+        this.#blockOf(gfn)!.setWaiting(gfn, id, true);
+        waits(gfn);
+        return false;
+      });
+    for (const id of ids) leaving[id] = 0;
+  }
+
+  used(gfn: Gfn): void {
+    if (this.#mappings.waitingAll > 0) this.#blockOf(gfn)!.setWaiting(gfn, this.#o.ledger.handle(gfn), false);
+  }
+
+  /** The mappings that have `gfns`, how many of them each in `leaving`. */
+  #countLeaving(gfns: GfnBuffer): number[] {
+    const { leaving } = this.#mappings;
+    const ids: number[] = [];
+    for (let i = 0; i < gfns.length; i++) {
+      const id = this.#o.ledger.handle(gfns.at(i));
+      if (leaving[id]!++ === 0) ids.push(id);
+    }
+    return ids;
+  }
 
   release(gfns: GfnBuffer): ReadonlySet<number> {
     const { ledger } = this.#o;
     const { leaving, needed } = this.#mappings;
-    const ids: number[] = [];
-    for (let i = 0; i < gfns.length; i++) {
-      const id = ledger.handle(gfns.at(i));
-      if (leaving[id]!++ === 0) ids.push(id);
-    }
+    const ids = this.#countLeaving(gfns);
     const whole = ids.filter((id) => leaving[id] === needed[id]);
     if (whole.length < ids.length)
       for (let i = 0; i < gfns.length; i++) {
@@ -135,13 +176,15 @@ export class Blocks implements FramePins {
     const last = Math.min(this.#lastBlock, Math.ceil(end / BLOCK_FRAMES) - 1);
     let number = Math.max(from, Math.floor(first / BLOCK_FRAMES)); // any range, not only of frames that are RAM
     const places = Math.min(last, number + SLICE_PLACES);
+    const { needed, count } = this.#mappings;
     for (let n = 0; number <= places && n < SLICE_BLOCKS; number++) {
       const block = this.#blocks.get(number);
       if (!block) continue;
       n++;
       for (const id of block.ids) {
-        const orphans = this.#orphansOf(id, block).filter((gfn) => gfn >= first && gfn < end);
-        out.push(...(discarded ? this.#findStale(id, orphans) : orphans));
+        if (needed[id] === count[id]) continue;
+        const orphans = this.#framesOf(id, (gfn) => gfn >= first && gfn < end && !block.isNeeded(gfn));
+        out.push(...(discarded ? this.#stale.find(id, orphans) : orphans));
       }
     }
     return number <= last ? number : null;
@@ -167,7 +210,7 @@ export class Blocks implements FramePins {
       else again.set(id, [gfn]);
     }
     for (const [id, of] of again ?? []) {
-      const [stale] = this.#findStale(id, of);
+      const [stale] = this.#stale.find(id, of);
       if (stale === undefined) continue;
       const detail = `frame ${stale} has lost the page that is pinned for it, and others are in use with it`;
       throw new HostError("pin", "EBUSY", detail);
@@ -300,47 +343,20 @@ export class Blocks implements FramePins {
     if (this.#o.memory.presentAddress(gpaOf(first as Gfn)) === undefined) return false;
     try {
       const gfns = Array.from({ length: end - first }, (_, i) => (first + i) as Gfn);
-      return this.#withoutMemory(gfns).length === 0;
+      return this.#stale.withoutMemory(gfns).length === 0;
     } catch (error) {
       if (!(error instanceof HostError)) throw error;
       return false;
     }
   }
 
-  /** Those of `gfns`, frames of one mapping, that are stale by now. Throws HostError. */
-  #findStale(id: number, gfns: readonly Gfn[]): Gfn[] {
-    const { memory } = this.#o;
-    const toHost = this.#mappings.hostAddress[id]! - gpaOf(this.#mappings.first[id]! as Gfn);
-    const moved = (gfn: Gfn) => {
-      const region = memory.find(gpaOf(gfn), FRAME_SIZE);
-      return !region || region.hostAddress - region.gpa !== toHost;
-    };
-    const lost = [...gfns.filter(moved), ...this.#withoutMemory(gfns.filter((gfn) => !moved(gfn)))];
-    const before = this.#stale.get(id);
-    if (lost.length === 0 && !before) return [];
-    const stale = before ?? new Set();
-    for (const gfn of lost) stale.add(gfn);
-    this.#stale.set(id, stale);
-    return gfns.filter((gfn) => stale.has(gfn));
-  }
-
-  /** Throws HostError. */
-  #withoutMemory(gfns: readonly Gfn[]): Gfn[] {
-    if (gfns.length === 0) return [];
-    this.#addresses = grown(this.#addresses, gfns.length);
-    this.#lost = grown(this.#lost, gfns.length);
-    for (const [i, gfn] of gfns.entries()) this.#addresses[i] = this.#o.memory.hostAddress(gpaOf(gfn));
-    this.#o.pinner.discarded(this.#addresses, gfns.length, this.#lost);
-    return gfns.filter((_, i) => this.#lost[i] === 1);
-  }
-
-  #orphansOf(id: number, block: Block): Gfn[] {
-    const { first, count, needed } = this.#mappings;
-    const orphans: Gfn[] = [];
-    if (needed[id] === count[id]) return orphans;
-    for (let gfn = first[id]!; gfn < this.#mappings.end(id); gfn++)
-      if (!block.isNeeded(gfn)) orphans.push(gfn as Gfn);
-    return orphans;
+  /** Those frames of a mapping that `of` says. */
+  #framesOf(id: number, of: (gfn: Gfn, block: Block) => boolean): Gfn[] {
+    const first = this.#mappings.first[id]! as Gfn;
+    const block = this.#blockOf(first)!;
+    const gfns: Gfn[] = [];
+    for (let gfn = first; gfn < this.#mappings.end(id); gfn++) if (of(gfn, block)) gfns.push(gfn);
+    return gfns;
   }
 
   #mapped(first: Gfn, count: number, handle: number): void {
@@ -394,7 +410,7 @@ export class Blocks implements FramePins {
         this.#recent = undefined;
       }
       this.#idle.delete(id);
-      this.#stale.delete(id);
+      this.#stale.forget(id);
       this.#pages -= count[id]!;
       this.#mappings.remove(id);
     }

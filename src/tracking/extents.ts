@@ -27,7 +27,7 @@ interface Extent {
  *
  * A split never gives a frame memory, because what a balloon has discarded would stay with the guest, and be found by
  * nobody: it pins through GuestRegion.presentAddress, and memory that has none is pinned frame by frame from the start.
- * An extent with discarded frames stays as it is until they go too (addDiscarded), or have memory again.
+ * An extent with discarded frames stays as it is until they go too (addOthers), or have memory again.
  */
 export class Extents implements FramePins {
   readonly #memory: GuestMemory;
@@ -119,9 +119,13 @@ export class Extents implements FramePins {
     if (extent) extent.orphans++;
   }
 
-  /** An extent that is split has to lose them too. */
-  addDiscarded(gfns: GfnBuffer): void {
-    if (this.#extents.size === 0) return;
+  readonly waiting = 0;
+  dropWaiting(): void {}
+  used(): void {}
+
+  /** An extent that is split has to lose those too that have lost their memory. */
+  addOthers(gfns: GfnBuffer): boolean {
+    if (this.#extents.size === 0) return true;
     for (const [handle, going] of this.#byHandle(gfns)) {
       try {
         for (const gfn of this.#discarded(this.#rest(handle, going))) gfns.push(gfn);
@@ -129,6 +133,7 @@ export class Extents implements FramePins {
         if (!(error instanceof HostError)) throw error;
       }
     }
+    return true;
   }
 
   release(gfns: GfnBuffer): ReadonlySet<number> {

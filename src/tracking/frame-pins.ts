@@ -39,8 +39,20 @@ export interface FramePins {
   /** The frame has left the ledger, whatever becomes of its page: that goes with releaseOrphans(), as soon as it can. */
   abandon(gfn: Gfn, handle: number): void;
 
-  /** Append to `gfns` the frames beside them that have lost their memory, and have to go with them. */
-  addDiscarded(gfns: GfnBuffer): void;
+  /** Pages that are pinned for frames of the ledger which nobody uses, because others of their pin are used. */
+  readonly waiting: number;
+
+  /**
+   * Append to `gfns`, as far as there is room, the frames beside them that are to go with them. True where they have to,
+   * accessed lately or not.
+   */
+  addOthers(gfns: GfnBuffer): boolean;
+
+  /** Drop from `gfns` those whose pin cannot go yet, because others of it do not, and tell each: it waits for them. */
+  dropWaiting(gfns: GfnBuffer, waits: (gfn: Gfn) => void): void;
+
+  /** A frame of the ledger is in use: it does not wait. */
+  used(gfn: Gfn): void;
 
   /**
    * `gfns`, frames of the ledger that no device reaches, are to leave it. Returns the handles of those that may not: they

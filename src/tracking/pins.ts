@@ -100,7 +100,11 @@ export class Pins {
   get orphans(): number {
     return this.#extents.orphans;
   }
-  /** Of these, those that had to go while the host kept them, and are tried again. */
+  /** Pages that nobody uses, pinned with others that are used. */
+  get beyondNeed(): number {
+    return this.orphans + this.#extents.waiting;
+  }
+  /** Of the orphans, those that had to go while the host kept them, and are tried again. */
   get abandoned(): number {
     return this.#extents.abandoned;
   }
@@ -147,9 +151,14 @@ export class Pins {
     this.#extents.adopt(pages, (gfn, handle) => this.#hold(gfn, handle, NO_TABLE, now));
   }
 
-  /** Append frames that are to be tried too, see FramePins.addDiscarded(). */
-  addDiscarded(gfns: GfnBuffer): void {
-    this.#extents.addDiscarded(gfns);
+  /** Append frames that are to be tried too, see FramePins.addOthers(). */
+  addOthers(gfns: GfnBuffer): boolean {
+    return this.#extents.addOthers(gfns);
+  }
+
+  /** See FramePins.dropWaiting(). */
+  dropWaiting(gfns: GfnBuffer, waits: (gfn: Gfn) => void): void {
+    this.#extents.dropWaiting(gfns, waits);
   }
 
   /**
@@ -174,6 +183,11 @@ export class Pins {
       return !went;
     });
     return count - gfns.length;
+  }
+
+  /** See FramePins.used(). */
+  used(gfn: Gfn): void {
+    this.#extents.used(gfn);
   }
 
   tried(gfn: Gfn, outcome: Claim, now: Nanoseconds): void {

@@ -430,7 +430,7 @@ export class Tracker {
   #changed(): void {
     const { counters, clock, pinner } = this.#o;
     countPinned(counters, this.pinned, clock.now());
-    if (pinner.mapsOnce) countMappings(counters, pinner, this.#pins.orphans);
+    if (pinner.mapsOnce) countMappings(counters, pinner, this.#pins.beyondNeed);
     counters.framesClaimed = this.#ledger.claimed;
     counters.backgroundFrames = this.#inBackground ? this.#background.frames : 0;
     counters.backgroundPinned = this.#inBackground ? this.#ledger.size : 0;

@@ -157,18 +157,37 @@ export class UnpinPasses {
       const gfn = this.#candidates.at(i);
       const outcome = this.#claim(gfn, accessed);
       if (outcome === "claimed") this.#claimed.push(gfn);
-      else if (!accessed) {
+      else {
+        if (pins.ledger.has(gfn)) pins.used(gfn);
+        if (accessed) continue;
         if (outcome === "mapped") this.#mapped++;
         pins.tried(gfn, outcome, now);
       }
     }
-    const asked = this.#claimed.length;
-    pins.addDiscarded(this.#claimed);
-    this.#claimed.keep((i) => i < asked || this.#claim(this.#claimed.at(i), true) === "claimed");
+    this.#claimOthers(accessed);
+    if (!accessed)
+      pins.dropWaiting(this.#claimed, (gfn) => {
+        table.unclaim(gfn);
+        pins.tried(gfn, "refused", now);
+      });
     const unpinned = pins.unpin(this.#claimed, now);
     for (let i = 0; i < this.#claimed.length; i++) table.unclaim(this.#claimed.at(i));
     counters.framesUnpinned += unpinned;
     return unpinned;
+  }
+
+  /** Claim what goes with the frames that are claimed. */
+  #claimOthers(accessed: boolean): void {
+    const { pins } = this.#o;
+    const asked = this.#claimed.length;
+    const must = pins.addOthers(this.#claimed);
+    this.#claimed.keep((i) => {
+      if (i < asked) return true;
+      const gfn = this.#claimed.at(i);
+      if (this.#claim(gfn, accessed || must) === "claimed") return true;
+      pins.used(gfn);
+      return false;
+    });
   }
 
   #claim(gfn: Gfn, accessed: boolean): Claim {
