@@ -98,8 +98,8 @@ function pageByPage(pinner: VfioPinner, regions: readonly GuestRegion[]): number
           Float64Array.of(hostAddress + at),
           1,
           handle,
-          Float64Array.of(PAGE),
-          Float64Array.of(gpa + at),
+          Int32Array.of(1),
+          Int32Array.of((gpa + at) / PAGE),
         );
       } catch (error) {
         if (error instanceof HostError && error.errno === "ENOSPC") return pinned;

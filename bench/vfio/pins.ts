@@ -126,18 +126,18 @@ function pinnerAlone(
   const adjoins = new Uint8Array(count).fill(1);
   // As a backend: the same arrays for each request.
   const addresses = new Float64Array(batch);
-  const gpas = new Float64Array(batch);
-  const lengths = new Float64Array(batch).fill(bytes);
+  const gfns = new Int32Array(batch);
+  const pages = new Int32Array(batch).fill(bytes / PAGE);
   const pinned = new Int32Array(batch);
   return {
     pin: () =>
       timed(() => {
         for (let i = 0; i < count; i += batch) {
           for (let j = 0; j < batch; j++) {
-            gpas[j] = (i + j) * apart;
+            gfns[j] = ((i + j) * apart) / PAGE;
             addresses[j] = hostAddress + (i + j) * apart;
           }
-          pinner.pin(addresses, batch, pinned, lengths, gpas);
+          pinner.pin(addresses, batch, pinned, pages, gfns);
           for (let j = 0; j < batch; j++) handles[i + j] = pinned[j]!;
         }
       }),

@@ -41,14 +41,14 @@ export class IoUringPinner implements Pinner {
     return ioUringUnavailable();
   }
 
-  pin(addresses: Float64Array, count: number, handles: Int32Array, lengths?: Float64Array): void {
+  pin(addresses: Float64Array, count: number, handles: Int32Array, pages?: Int32Array): void {
     this.#take(count, handles);
     let pinned = 0;
     try {
       while (pinned < count) {
         const length = this.#runLength(handles, pinned, count);
         for (let i = pinned; i < pinned + length; i++)
-          this.#fill.set(i - pinned, addresses[i]!, lengths?.[i] ?? PAGE_SIZE);
+          this.#fill.set(i - pinned, addresses[i]!, (pages?.[i] ?? 1) * PAGE_SIZE);
         // Where the host refuses a buffer, this call stops before it and the next one, starting at it, throws.
         pinned += this.#update(this.#fill, handles[pinned]!, length);
       }

@@ -6,7 +6,8 @@ import { canExceedMemlock, memlockLimit } from "./limits.ts";
 import { StatusField } from "./process-status.ts";
 
 const PAGE_SIZE = 4096;
-const EXTENT_MAX = 2 ** 30;
+/** Pages of one mapping: 1 GiB. */
+const EXTENT_MAX = 2 ** 18;
 /** Handles are frame numbers, 31 bits: guests of up to 8 TiB. Integers of a CPU, and so are lengths in pages. */
 const HANDLE_LIMIT = 2 ** 31;
 
@@ -53,9 +54,9 @@ export class IommuPinner implements Pinner {
   readonly pinsMax: number | undefined;
   readonly #space: IovaSpace;
   #ranges: Float64Array | undefined;
-  /** Start and last byte of the range that was used last. */
-  #start = 0;
-  #last = -1;
+  /** Frames of the range that was used last. */
+  #from = 0;
+  #end = 0;
   /** Mappings that there may be. */
   #room: number | undefined;
   /** The first frame of each mapping, and by its id how many pages that has. */
@@ -88,18 +89,16 @@ export class IommuPinner implements Pinner {
     addresses: Float64Array,
     count: number,
     handles: Int32Array,
-    lengths?: Float64Array,
-    gpas?: Float64Array,
+    pages?: Int32Array,
+    gfns?: Int32Array,
   ): void {
-    invariant(gpas !== undefined, "an IOMMU maps pages at their GPAs");
-    for (let i = 0; i < count; i++) this.#check(gpas[i]!, lengths === undefined ? PAGE_SIZE : lengths[i]!);
+    invariant(gfns !== undefined, "an IOMMU maps pages at their GPAs");
+    for (let i = 0; i < count; i++) this.#check(gfns[i]!, pages === undefined ? 1 : pages[i]!);
     this.#checkRoom(count);
     let done = 0;
     try {
-      for (; done < count; done++) {
-        const pages = lengths === undefined ? 1 : lengths[done]! / PAGE_SIZE;
-        handles[done] = this.#map(addresses[done]!, gpas[done]! / PAGE_SIZE, pages);
-      }
+      for (; done < count; done++)
+        handles[done] = this.#map(addresses[done]!, gfns[done]!, pages === undefined ? 1 : pages[done]!);
     } catch (error) {
       const released = this.release(handles, done);
       invariant(released === done, `the kernel kept ${done - released} mappings of a failed request`);
@@ -108,9 +107,10 @@ export class IommuPinner implements Pinner {
   }
 
   pinExtent(address: number, length: number, gpa: number): number {
-    this.#check(gpa, length);
+    const [gfn, pages] = [gpa / PAGE_SIZE, length / PAGE_SIZE];
+    this.#check(gfn, pages);
     this.#checkRoom(1);
-    return this.#map(address, gpa / PAGE_SIZE, length / PAGE_SIZE);
+    return this.#map(address, gfn, pages);
   }
 
   /** What is adjoining, and follows each other in `handles`, goes with one call. */
@@ -159,7 +159,7 @@ export class IommuPinner implements Pinner {
   #look(): number {
     const { ranges, room, smallestPage } = this.#space.limits();
     this.#ranges = ranges;
-    this.#last = -1;
+    this.#end = 0;
     this.#room = room === undefined ? undefined : room + this.#first.size;
     return smallestPage;
   }
@@ -201,24 +201,25 @@ export class IommuPinner implements Pinner {
   }
 
   /** Throws HostError for what no device could reach there. */
-  #check(gpa: number, length: number): void {
-    if (length <= 0 || length > EXTENT_MAX || ((gpa | length) & (PAGE_SIZE - 1)) !== 0)
-      throw new InvariantViolation(`${length} bytes at GPA ${hex(gpa)} are not whole pages, up to 1 GiB`);
-    if (gpa >= HANDLE_LIMIT * PAGE_SIZE)
-      throw this.#error("EINVAL", `IOVA ${hex(gpa)} is beyond the 8 TiB that can be pinned`);
-    if (gpa >= this.#start && gpa + length - 1 <= this.#last) return;
-    this.#findRange(gpa, length);
+  #check(gfn: number, pages: number): void {
+    if (gfn < this.#from || gfn + pages > this.#end || pages <= 0 || pages > EXTENT_MAX)
+      this.#findRange(gfn, pages);
   }
 
-  #findRange(gpa: number, length: number): void {
+  #findRange(gfn: number, pages: number): void {
+    if (pages <= 0 || pages > EXTENT_MAX || !Number.isInteger(gfn) || !Number.isInteger(pages))
+      throw new InvariantViolation(`${pages} pages at frame ${gfn} are not whole pages, up to 1 GiB`);
+    const iova = (gfn < 0 ? gfn + 2 ** 32 : gfn) * PAGE_SIZE;
+    if (gfn < 0 || gfn + pages > HANDLE_LIMIT)
+      throw this.#error("EINVAL", `IOVA ${hex(iova)} is beyond the 8 TiB that can be pinned`);
     const ranges = this.#ranges ?? ALL;
     for (let i = 0; i < ranges.length; i += 2)
-      if (gpa >= ranges[i]! && gpa + length - 1 <= ranges[i + 1]!) {
-        this.#start = ranges[i]!;
-        this.#last = ranges[i + 1]!;
+      if (iova >= ranges[i]! && iova + pages * PAGE_SIZE - 1 <= ranges[i + 1]!) {
+        this.#from = Math.ceil(ranges[i]! / PAGE_SIZE);
+        this.#end = Math.min(HANDLE_LIMIT, Math.floor((ranges[i + 1]! + 1) / PAGE_SIZE));
         return;
       }
-    throw this.#error("EINVAL", this.#reserved(ranges, gpa, length));
+    throw this.#error("EINVAL", this.#reserved(ranges, iova, pages * PAGE_SIZE));
   }
 
   /** `length` bytes at `iova` are not within one of the ranges. */
@@ -268,7 +269,7 @@ export class IommuPinner implements Pinner {
       case "EINVAL":
         // A device that was attached since may have ranges of its own.
         this.#look();
-        this.#check(gpa, length);
+        this.#check(gfn, pages);
         return this.#error(errno, `${what} or address ${hex(address)} are not whole pages of this IOMMU`);
       case "EFAULT":
         return this.#error(

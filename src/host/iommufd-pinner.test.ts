@@ -18,14 +18,13 @@ function setUp(change: Partial<FakeIommufd> = {}) {
   const { iommu } = iommufd;
   const pinner = new IommufdPinner({ iommufd: iommufd.fd, ioas: iommufd.ioas, ioctl: iommufd.ioctl });
   const pin = (...gfns: number[]): Int32Array => {
-    const gpas = Float64Array.from(gfns, (gfn) => gfn * PAGE);
     const handles = new Int32Array(gfns.length);
     pinner.pin(
-      gpas.map((gpa) => BASE + gpa),
+      Float64Array.from(gfns, (gfn) => BASE + gfn * PAGE),
       gfns.length,
       handles,
       undefined,
-      gpas,
+      Int32Array.from(gfns),
     );
     return handles;
   };

@@ -19,10 +19,11 @@ function setUp(change: Partial<FakeContainer> = {}) {
   /** GFNs, or [first GFN, number of frames]. */
   const pin = (...pins: (number | readonly [number, number])[]): Int32Array => {
     const each = pins.map((p) => (typeof p === "number" ? ([p, 1] as const) : p));
-    const gpas = Float64Array.from(each, ([gfn]) => gfn * PAGE);
-    const lengths = Float64Array.from(each, ([, frames]) => frames * PAGE);
+    const gfns = Int32Array.from(each, ([gfn]) => gfn);
+    const addresses = Float64Array.from(each, ([gfn]) => address(gfn * PAGE));
+    const pages = Int32Array.from(each, ([, frames]) => frames);
     const handles = new Int32Array(each.length);
-    pinner.pin(gpas.map(address), each.length, handles, lengths, gpas);
+    pinner.pin(addresses, each.length, handles, pages, gfns);
     return handles;
   };
   /** [GFN, frames] of each mapping; each is where it belongs. */

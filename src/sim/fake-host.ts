@@ -95,11 +95,11 @@ export class FakeHost implements Pinner {
     return false;
   }
 
-  pin(addresses: Float64Array, count: number, handles: Int32Array, lengths?: Float64Array): void {
+  pin(addresses: Float64Array, count: number, handles: Int32Array, pages?: Int32Array): void {
     for (let i = 0; i < count; i++) {
       const first = frameAt(addresses[i]!);
       const present = addresses[i]! >= PRESENT;
-      const frames = (lengths?.[i] ?? FRAME_SIZE) / FRAME_SIZE;
+      const frames = pages?.[i] ?? 1;
       const refusal = () => {
         for (let gfn = first; gfn < first + frames; gfn++) {
           if (this.mapsOnce && this.holds(gfn)) throw new Violation(`frame ${gfn} is mapped a second time`);

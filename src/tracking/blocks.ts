@@ -58,8 +58,7 @@ export class Blocks implements FramePins {
   #present = new Uint8Array(256);
   #planned = 0;
   #addresses = new Float64Array(256);
-  #lengths = new Float64Array(256);
-  #gpas = new Float64Array(256);
+  #lengths = new Int32Array(256);
   #handles = new Int32Array(256);
   #adjoins = new Uint8Array(256);
 
@@ -141,25 +140,24 @@ export class Blocks implements FramePins {
     if (this.#mappings.waitingAll > 0) this.#blockOf(gfn)!.setWaiting(gfn, this.#o.ledger.handle(gfn), false);
   }
 
-  /** The mappings that have `gfns`, how many of them each in `leaving`. */
-  #countLeaving(gfns: GfnBuffer): number[] {
+  /** The mappings that have `gfns`, how many of them each in `leaving`. `handles`: theirs, if they are known. */
+  #countLeaving(gfns: GfnBuffer, handles?: Int32Array): number[] {
     const { leaving } = this.#mappings;
     const ids: number[] = [];
     for (let i = 0; i < gfns.length; i++) {
-      const id = this.#o.ledger.handle(gfns.at(i));
+      const id = handles === undefined ? this.#o.ledger.handle(gfns.at(i)) : handles[i]!;
       if (leaving[id]!++ === 0) ids.push(id);
     }
     return ids;
   }
 
-  release(gfns: GfnBuffer): ReadonlySet<number> {
-    const { ledger } = this.#o;
+  release(gfns: GfnBuffer, handles: Int32Array): ReadonlySet<number> {
     const { leaving, needed } = this.#mappings;
-    const ids = this.#countLeaving(gfns);
+    const ids = this.#countLeaving(gfns, handles);
     const whole = ids.filter((id) => leaving[id] === needed[id]);
     if (whole.length < ids.length)
       for (let i = 0; i < gfns.length; i++) {
-        const id = ledger.handle(gfns.at(i));
+        const id = handles[i]!;
         if (leaving[id] === needed[id]) continue;
         leaving[id]!--;
         this.#blockOf(gfns.at(i))!.leaves(gfns.at(i), id);
@@ -191,19 +189,23 @@ export class Blocks implements FramePins {
   }
 
   /** Those of `gfns` that no mapping has, ascending. Throws HostError for one whose page is stale, or that is too high. */
-  #fresh(gfns: readonly Gfn[]): Gfn[] {
-    const fresh: Gfn[] = [];
+  #fresh(gfns: readonly Gfn[]): readonly Gfn[] {
     let again: Map<number, Gfn[]> | undefined;
     let ascending = true;
+    // Frames behind the last one that have no mapping end here.
+    let hole = 0;
+    let before = -1;
     for (const gfn of gfns) {
       if (gfn >= FRAME_LIMIT)
         throw new HostError("pin", "EINVAL", `frame ${gfn} is beyond the 8 TiB that can be pinned`);
-      const id = this.#find(gfn);
-      if (id < 0) {
-        ascending &&= fresh.length === 0 || fresh.at(-1)! < gfn;
-        fresh.push(gfn);
-        continue;
-      }
+      const follows = gfn > before;
+      ascending &&= follows;
+      before = gfn;
+      if (follows && gfn < hole) continue;
+      const block = this.#blockOf(gfn);
+      const id = block?.find(gfn) ?? -1;
+      hole = id >= 0 ? 0 : (block?.holeEnd(gfn) ?? boundaryAfter(gfn));
+      if (id < 0) continue;
       again ??= new Map();
       const of = again.get(id);
       if (of) of.push(gfn);
@@ -215,7 +217,8 @@ export class Blocks implements FramePins {
       const detail = `frame ${stale} has lost the page that is pinned for it, and others are in use with it`;
       throw new HostError("pin", "EBUSY", detail);
     }
-    return ascending ? fresh : fresh.sort((a, b) => a - b);
+    const fresh = again ? gfns.filter((gfn) => this.#find(gfn) < 0) : gfns;
+    return ascending ? fresh : fresh.toSorted((a, b) => a - b);
   }
 
   /** Throws HostError; then nothing is mapped. */
@@ -238,12 +241,10 @@ export class Blocks implements FramePins {
       const region = memory.find(gpa, FRAME_SIZE)!;
       const base = (this.#present[i] ? region.presentAddress : undefined) ?? region.hostAddress;
       this.#addresses[i] = base + (gpa - region.gpa);
-      this.#lengths[i] = (this.#to[i]! - this.#from[i]!) * FRAME_SIZE;
-      this.#gpas[i] = gpa;
+      this.#lengths[i] = this.#to[i]! - this.#from[i]!;
     }
-    pinner.pin(this.#addresses, count, this.#handles, this.#lengths, this.#gpas);
-    for (let i = 0; i < count; i++)
-      this.#mapped(this.#from[i]! as Gfn, this.#to[i]! - this.#from[i]!, this.#handles[i]!);
+    pinner.pin(this.#addresses, count, this.#handles, this.#lengths, this.#from);
+    for (let i = 0; i < count; i++) this.#mapped(this.#from[i]! as Gfn, this.#lengths[i]!, this.#handles[i]!);
   }
 
   /**
@@ -285,7 +286,6 @@ export class Blocks implements FramePins {
     this.#present = grown(this.#present, count);
     this.#addresses = grown(this.#addresses, count);
     this.#lengths = grown(this.#lengths, count);
-    this.#gpas = grown(this.#gpas, count);
     this.#handles = grown(this.#handles, count);
   }
 

@@ -39,7 +39,7 @@ export class Extents implements FramePins {
   readonly #abandoned = new Set<number>();
   #orphans = 0;
   #addresses = new Float64Array(256);
-  #lengths = new Float64Array(256);
+  #pages = new Int32Array(256);
   #handles = new Int32Array(256);
   readonly #lost = new Uint8Array(EXTENT_FRAMES);
   readonly #one = new Int32Array(1);
@@ -64,7 +64,7 @@ export class Extents implements FramePins {
 
   pin(gfns: readonly Gfn[], pinned: (gfn: Gfn, handle: number) => void, present = false): void {
     this.#addresses = grown(this.#addresses, gfns.length);
-    this.#lengths = grown(this.#lengths, gfns.length);
+    this.#pages = grown(this.#pages, gfns.length);
     this.#handles = grown(this.#handles, gfns.length);
     let extents = 0;
     let region: GuestRegion | undefined;
@@ -77,19 +77,19 @@ export class Extents implements FramePins {
         region === before &&
         region.presentAddress !== undefined &&
         gfns[i] === gfns[i - 1]! + 1 &&
-        this.#lengths[last]! < EXTENT_FRAMES * FRAME_SIZE
+        this.#pages[last]! < EXTENT_FRAMES
       )
-        this.#lengths[last]! += FRAME_SIZE;
+        this.#pages[last]!++;
       else {
         const address = (present ? region.presentAddress : undefined) ?? region.hostAddress;
         this.#addresses[extents] = address + (gpa - region.gpa);
-        this.#lengths[extents++] = FRAME_SIZE;
+        this.#pages[extents++] = 1;
       }
     }
-    this.#pinner.pin(this.#addresses, extents, this.#handles, this.#lengths);
+    this.#pinner.pin(this.#addresses, extents, this.#handles, this.#pages);
     for (let extent = 0, i = 0; extent < extents; extent++) {
       const handle = this.#handles[extent]!;
-      const count = this.#lengths[extent]! / FRAME_SIZE;
+      const count = this.#pages[extent]!;
       if (count > 1) this.#extents.set(handle, { first: gfns[i]!, count, orphans: 0 });
       for (const to = i + count; i < to; i++) pinned(gfns[i]!, handle);
     }

@@ -55,10 +55,10 @@ export interface FramePins {
   used(gfn: Gfn): void;
 
   /**
-   * `gfns`, frames of the ledger that no device reaches, are to leave it. Returns the handles of those that may not: they
-   * stay pinned, because the host has refused.
+   * `gfns`, frames of the ledger that no device reaches, are to leave it; `handles` are theirs. Returns the handles of
+   * those that may not: they stay pinned, because the host has refused.
    */
-  release(gfns: GfnBuffer): ReadonlySet<number>;
+  release(gfns: GfnBuffer, handles: Int32Array): ReadonlySet<number>;
 
   releaseOrphans(): void;
 

@@ -15,16 +15,16 @@ export interface Pinner {
   readonly pinsLeft?: number | undefined;
 
   /**
-   * Pin one 4 KiB page, or `lengths[i]` bytes of whole pages, at each of the first `count` virtual addresses, for reading
-   * and writing, and store a handle (>= 0) for each. An IOMMU maps them at the GPAs `gpas`, which others ignore. All or
+   * Pin one 4 KiB page, or `pages[i]` of them, at each of the first `count` virtual addresses, for reading and writing,
+   * and store a handle (>= 0) for each. An IOMMU maps them at the frames from `gfns[i]` on, which others ignore. All or
    * nothing: on HostError nothing is newly pinned. ENOSPC: no more pins; ENOMEM: memory, or the memlock limit.
    */
   pin(
     addresses: Float64Array,
     count: number,
     handles: Int32Array,
-    lengths?: Float64Array,
-    gpas?: Float64Array,
+    pages?: Int32Array,
+    gfns?: Int32Array,
   ): void;
 
   /** Pin `length` bytes (whole pages, at most 1 GiB) at `address` as one, at `gpa`; returns its handle. Throws HostError. */

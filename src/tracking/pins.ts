@@ -173,7 +173,7 @@ export class Pins {
       this.#iommu.revoke(gfns.at(i));
       this.#handles[i] = this.ledger.handle(gfns.at(i));
     }
-    const kept = this.#iommu.quiesce() ? this.#extents.release(gfns) : undefined;
+    const kept = this.#iommu.quiesce() ? this.#extents.release(gfns, this.#handles) : undefined;
     gfns.keep((i) => {
       const gfn = gfns.at(i);
       const went = kept?.has(this.#handles[i]!) === false;

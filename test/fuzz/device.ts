@@ -357,14 +357,14 @@ function spoils({ opcode, operands }: Served): boolean {
 /** A host that knows what it may be asked to pin. */
 class CheckedPinner extends FakePinner {
   mayPin: (address: number) => boolean = () => false;
-  override pin(...[addresses, count, handles, lengths]: Parameters<FakePinner["pin"]>): void {
+  override pin(...[addresses, count, handles, pages]: Parameters<FakePinner["pin"]>): void {
     for (let i = 0; i < count; i++)
-      for (let at = 0; at < (lengths?.[i] ?? FRAME_SIZE); at += FRAME_SIZE) {
+      for (let at = 0; at < (pages?.[i] ?? 1) * FRAME_SIZE; at += FRAME_SIZE) {
         const address = (addresses[i]! % PRESENT) + at;
         if (!this.mayPin(address))
           throw new OracleError(`the host is asked to pin 0x${address.toString(16)}, which is not guest RAM`);
       }
-    super.pin(addresses, count, handles, lengths);
+    super.pin(addresses, count, handles, pages);
   }
 }
 

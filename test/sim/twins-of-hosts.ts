@@ -8,9 +8,9 @@ export const BALLOONS: Partial<Settings> = { balloon: true, interval: 10, hostil
 
 /** Keeps what it pinned of a batch that fails. */
 class HoardingHost extends FakeHost {
-  override pin(...[addresses, count, handles, lengths]: Parameters<FakeHost["pin"]>): void {
+  override pin(...[addresses, count, handles, pages]: Parameters<FakeHost["pin"]>): void {
     for (let i = 0; i < count; i++)
-      super.pin(addresses.subarray(i), 1, handles.subarray(i), lengths?.subarray(i));
+      super.pin(addresses.subarray(i), 1, handles.subarray(i), pages?.subarray(i));
   }
 }
 

@@ -41,10 +41,10 @@ const pinsOf = new Int32Array(RAM / 4096);
 const pinner: Pinner = {
   name: "shared words",
   kernelSource: "none",
-  pin(addresses, count, handles, lengths) {
+  pin(addresses, count, handles, pages) {
     for (let i = 0; i < count; i++) {
       const first = (addresses[i]! - region.hostAddress) / 4096;
-      const frames = Array.from({ length: (lengths?.[i] ?? 4096) / 4096 }, (_, page) => first + page);
+      const frames = Array.from({ length: pages?.[i] ?? 1 }, (_, page) => first + page);
       handles[i] = nextHandle++;
       pins.set(handles[i]!, frames);
       for (const gfn of frames)

@@ -42,12 +42,12 @@ export class FakePinner implements Pinner {
     this.#next = Math.max(this.#next, from.#next);
   }
 
-  pin(addresses: Float64Array, count: number, handles: Int32Array, lengths?: Float64Array): void {
+  pin(addresses: Float64Array, count: number, handles: Int32Array, pages?: Int32Array): void {
     for (let i = 0; i < count; i++) {
-      const pages = (lengths?.[i] ?? 4096) / 4096;
+      const count = pages?.[i] ?? 1;
       handles[i] = this.#next;
-      this.#pins.set(handles[i]!, pages);
-      for (let page = 0; page < pages; page++) {
+      this.#pins.set(handles[i]!, count);
+      for (let page = 0; page < count; page++) {
         this.before("pin");
         const present = addresses[i]! >= PRESENT;
         const address = (addresses[i]! % PRESENT) + page * 4096;
@@ -123,18 +123,18 @@ export class FakeIommuPinner extends FakePinner {
     addresses: Float64Array,
     count: number,
     handles: Int32Array,
-    lengths?: Float64Array,
-    gpas?: Float64Array,
+    pages?: Int32Array,
+    gfns?: Int32Array,
   ): void {
-    if (!lengths || !gpas) throw new Error("an IOMMU is to be told where pages go");
+    if (!pages || !gfns) throw new Error("an IOMMU is to be told where pages go");
     if (count > this.pinsLeft) throw new HostError("pin", "ENOSPC");
     const wanted = Array.from({ length: count }, (_, i) =>
-      Array.from({ length: lengths[i]! / 4096 }, (_, page) => gpas[i]! / 4096 + page),
+      Array.from({ length: pages[i]! }, (_, page) => gfns[i]! + page),
     );
     const all = wanted.flat();
     if (new Set(all).size < all.length || all.some((gfn) => this.#mapped.has(gfn)))
       throw new HostError("pin", "EEXIST");
-    super.pin(addresses, count, handles, lengths);
+    super.pin(addresses, count, handles, pages);
     for (const [i, gfns] of wanted.entries()) {
       this.mappings.set(handles[i]!, gfns);
       for (const gfn of gfns) this.#mapped.add(gfn);

@@ -44,14 +44,13 @@ function open(t: test.TestContext) {
     ram.close();
   });
   const pin = (...gfns: number[]): Int32Array => {
-    const gpas = Float64Array.from(gfns, (gfn) => gfn * FRAME_SIZE);
     const handles = new Int32Array(gfns.length);
     pinner.pin(
-      gpas.map((gpa) => ram.address + gpa),
+      Float64Array.from(gfns, (gfn) => ram.address + gfn * FRAME_SIZE),
       gfns.length,
       handles,
       undefined,
-      gpas,
+      Int32Array.from(gfns),
     );
     return handles;
   };
@@ -109,8 +108,7 @@ test("what cannot be pinned is refused with its reason, and nothing of the reque
   unmap(3 * FRAME_SIZE, FRAME_SIZE);
   assert.throws(() => unmap(3 * FRAME_SIZE, FRAME_SIZE), { errno: "ENOENT" });
   const addresses = Float64Array.of(ram.address, NOWHERE);
-  const pinBoth = () =>
-    pinner.pin(addresses, 2, new Int32Array(2), undefined, Float64Array.of(0, FRAME_SIZE));
+  const pinBoth = () => pinner.pin(addresses, 2, new Int32Array(2), undefined, Int32Array.of(0, 1));
   assert.throws(pinBoth, refusedWith("EFAULT"));
   assert.equal(pinner.kernelPinnedPages(), 0);
 

@@ -32,17 +32,16 @@ function container() {
   const device = VfioDevice.open(bdf);
   const pinner = new VfioPinner(device);
   const ram = new SharedMapping(PAGES * FRAME_SIZE);
-  const pin = (first: number, count: number, at = first * FRAME_SIZE): number => {
+  const pin = (first: number, count: number, at = first): number => {
     const handles = new Int32Array(count);
-    const offsets = Float64Array.from({ length: count }, (_, i) => i * FRAME_SIZE);
-    const address = ram.address + first * FRAME_SIZE;
-    const addresses = offsets.map((offset) => address + offset);
+    const numbers = Int32Array.from({ length: count }, (_, i) => i);
+    const addresses = Float64Array.from(numbers, (i) => ram.address + (first + i) * FRAME_SIZE);
     pinner.pin(
       addresses,
       count,
       handles,
       undefined,
-      offsets.map((offset) => at + offset),
+      numbers.map((i) => at + i),
     );
     return handles[0]!;
   };
@@ -71,9 +70,9 @@ const cases: Record<string, () => unknown> = {
       middle: refusal(() => unmap(FRAME_SIZE)),
       twice: refusal(() => map(0)),
       foreign: refusal(() => pin(100, 1)),
-      hole: refusal(() => pin(0, 1, HOLE)),
+      hole: refusal(() => pin(0, 1, HOLE / FRAME_SIZE)),
       holeOfKernel: refusal(() => map(HOLE)),
-      beyond: refusal(() => pin(0, 1, 2 ** 39)),
+      beyond: refusal(() => pin(0, 1, 2 ** 27)),
       beyondOfKernel: refusal(() => map(2 ** 39)),
       nothing: unmap(200 * FRAME_SIZE),
       lockedFive: locked(),
