@@ -2,7 +2,7 @@ import { addressOf, libc, throwUnlessInterrupted } from "./libc.ts";
 
 /**
  * A structure that is passed to the kernel again and again, as 32-bit words: its memory stays where it is, so its address
- * is looked up once, which is half of what a call costs on the way out of JavaScript.
+ * is looked up once, which is a third of what a call costs on the way out of JavaScript.
  */
 export class KernelStruct {
   readonly bytes: Uint8Array<ArrayBuffer>;
