@@ -27,6 +27,7 @@ export type Ioctl = (
   argument: number | Uint8Array | KernelStruct,
 ) => number;
 
+/** As systemCall(), whose closure an emulated CPU would notice at every pin. */
 export const ioctl: Ioctl = (fd, name, request, argument) => {
   for (;;) {
     const result = once(fd, request, argument);

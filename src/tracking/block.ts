@@ -112,47 +112,34 @@ export class Block {
     const at = this.#after(first) - 1;
     if (at === this.ids.length - 1) this.ids.pop();
     else this.ids.splice(at, 1);
-    if (this.#mappings.needed[id] === 0) return;
-    this.#neededAll -= this.#mappings.needed[id]!;
-    this.#mappings.waitingAll -= this.#mappings.waiting[id]!;
-    for (let gfn = first; gfn < this.#mappings.end(id); gfn++) this.#clear(gfn);
+    for (let gfn = first; gfn < this.#mappings.end(id); gfn++) if (this.isNeeded(gfn)) this.leaves(gfn, id);
   }
 
   isNeeded(gfn: number): boolean {
-    const at = gfn - this.#first;
-    return ((this.#needed[at >>> 5]! >>> (at & 31)) & 1) === 1;
+    return isSet(this.#needed, gfn - this.#first);
   }
 
   /** The ledger has `gfn`, of this mapping, from now on. */
   enters(gfn: number, id: number): void {
-    const at = gfn - this.#first;
-    this.#needed[at >>> 5]! |= 1 << (at & 31);
+    flip(this.#needed, gfn - this.#first);
     this.#neededAll++;
     this.#mappings.needed[id]!++;
   }
 
   leaves(gfn: number, id: number): void {
     this.setWaiting(gfn, id, false);
-    this.#clear(gfn);
+    flip(this.#needed, gfn - this.#first);
     this.#neededAll--;
     this.#mappings.needed[id]!--;
   }
 
-  #clear(gfn: number): void {
-    const at = gfn - this.#first;
-    this.#needed[at >>> 5]! &= ~(1 << (at & 31));
-    this.#waiting[at >>> 5]! &= ~(1 << (at & 31));
-  }
-
   isWaiting(gfn: number): boolean {
-    const at = gfn - this.#first;
-    return ((this.#waiting[at >>> 5]! >>> (at & 31)) & 1) === 1;
+    return isSet(this.#waiting, gfn - this.#first);
   }
 
   setWaiting(gfn: number, id: number, waits: boolean): void {
     if (this.isWaiting(gfn) === waits) return;
-    const at = gfn - this.#first;
-    this.#waiting[at >>> 5]! ^= 1 << (at & 31);
+    flip(this.#waiting, gfn - this.#first);
     const more = waits ? 1 : -1;
     this.#mappings.waiting[id]! += more;
     this.#mappings.waitingAll += more;
@@ -196,6 +183,11 @@ export class Block {
 /** `hot` of `size` frames are needed, and `more` come to them. */
 const isBusy = (hot: number, more: number, size: number): boolean =>
   4 * hot >= size && 2 * (hot + more) > size;
+
+const isSet = (bits: Int32Array, at: number): boolean => ((bits[at >>> 5]! >>> (at & 31)) & 1) === 1;
+function flip(bits: Int32Array, at: number): void {
+  bits[at >>> 5]! ^= 1 << (at & 31);
+}
 
 /** Bits set in 32. */
 function ones(word: number): number {

@@ -272,6 +272,19 @@ test("pins of an earlier backend are taken over, mapping by mapping", () => {
   assert.equal(after.tracker.pin([{ gfn: 505, nrFrames: 3 }]), OK, "nothing is mapped twice");
 });
 
+test("frames may be asked for in any order, behind one whose page is pinned without it too", () => {
+  const { blocks, ledger, pinner } = blocksAlone(0, 16);
+  const pin = (...gfns: number[]) =>
+    blocks.pin(gfns as Gfn[], (gfn, handle) => void ledger.add(gfn, handle, 1));
+  pin(4, 5);
+  const five = new GfnBuffer(1);
+  five.push(5 as Gfn);
+  blocks.release(five, Int32Array.of(ledger.remove(5 as Gfn)));
+  pin(9, 7, 5, 8, 2);
+  const mappings = [...pinner.mappings.values()].sort(([a], [b]) => a! - b!);
+  assert.deepEqual(mappings, [[2], [4, 5], [7, 8, 9]]);
+});
+
 test("those that wait come along as far as there is room in the list", () => {
   const { blocks, ledger } = blocksAlone(0, 8);
   blocks.pin(frames(0, 8) as Gfn[], (gfn, handle) => void ledger.add(gfn, handle, 1));

@@ -158,7 +158,7 @@ export class UnpinPasses {
       const outcome = this.#claim(gfn, accessed);
       if (outcome === "claimed") this.#claimed.push(gfn);
       else {
-        if (pins.ledger.has(gfn)) pins.used(gfn);
+        if (outcome !== "gone") pins.used(gfn);
         if (accessed) continue;
         if (outcome === "mapped") this.#mapped++;
         pins.tried(gfn, outcome, now);

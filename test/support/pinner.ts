@@ -131,6 +131,7 @@ export class FakeIommuPinner extends FakePinner {
     const wanted = Array.from({ length: count }, (_, i) =>
       Array.from({ length: pages[i]! }, (_, page) => gfns[i]! + page),
     );
+    if (wanted.some((frames) => frames.length === 0)) throw new Error("a mapping of no page");
     const all = wanted.flat();
     if (new Set(all).size < all.length || all.some((gfn) => this.#mapped.has(gfn)))
       throw new HostError("pin", "EEXIST");
